@@ -1,0 +1,293 @@
+// Vector verbs: the few operations that kernels written once for every instruction-set level need.
+//
+// `F32` holds kWidth floats: 1 (scalar), 8 (avx2), 16 (avx512). Everything lives in the namespace of the level and is
+// always inlined, so that no code of one level can end up in another (docs/ARCHITECTURE.md). Loads and stores are
+// unaligned; `load_n` / `store_n` touch exactly n elements. bf16 and fp16 elements are passed as uint16_t with a tag.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "ops.h"
+
+#if defined(PYKD_LEVEL_avx512) && defined(PYKD_EMULATE_AVX512)
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+#elif defined(PYKD_LEVEL_avx2) || defined(PYKD_LEVEL_avx512)
+#include <immintrin.h>
+#endif
+
+#define PYKD_INLINE inline __attribute__((always_inline))
+
+namespace pykd::PYKD_LEVEL {
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+PYKD_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+PYKD_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// --- scalar conversions, used by the scalar level and for single elements everywhere -------------------------------
+
+PYKD_INLINE float to_float(float x) { return x; }
+
+PYKD_INLINE float to_float(BF16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+
+PYKD_INLINE float to_float(F16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  // Scaling by 2^112 turns the half's exponent bias into the float's and normalises subnormals exactly.
+  const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);
+  return bits_to_float(sign | float_to_bits(scaled));
+}
+
+template <class T>
+PYKD_INLINE T from_float(float x);
+
+template <>
+PYKD_INLINE float from_float<float>(float x) {
+  return x;
+}
+
+template <>
+PYKD_INLINE BF16 from_float<BF16>(float x) {  // round to nearest even; NaN stays NaN
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return BF16{static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return BF16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <>
+PYKD_INLINE F16 from_float<F16>(float x) {  // round to nearest even; overflow to infinity; NaN stays NaN
+  const uint32_t bits = float_to_bits(x);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return F16{static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu))};
+  if (magnitude >= 0x47800000u) return F16{static_cast<uint16_t>(sign | 0x7c00u)};
+  if (magnitude < 0x38800000u) {  // subnormal half: adding 0.5 aligns the mantissa so that its low bits are the result
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return F16{static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u))};
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
+  return F16{static_cast<uint16_t>(sign | (rounded >> 13))};
+}
+
+// --- F32: the vector --------------------------------------------------------------------------------------------------
+
+#if defined(PYKD_LEVEL_avx512)
+
+constexpr int kWidth = 16;
+struct F32 {
+  __m512 v;
+};
+PYKD_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+PYKD_INLINE F32 set1(float x) { return {_mm512_set1_ps(x)}; }
+PYKD_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+PYKD_INLINE F32 load(const BF16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+PYKD_INLINE F32 load(const F16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+PYKD_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
+PYKD_INLINE __m256i bf16_bits(F32 x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+}
+PYKD_INLINE void store(BF16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_bits(x)); }
+PYKD_INLINE void store(F16* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+PYKD_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+PYKD_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+PYKD_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+PYKD_INLINE F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+PYKD_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
+PYKD_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
+PYKD_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is NaN
+PYKD_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
+PYKD_INLINE F32 round_even(F32 x) {
+  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+struct Mask {
+  __mmask16 m;
+};
+PYKD_INLINE Mask less(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+PYKD_INLINE Mask equal(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+PYKD_INLINE F32 select(Mask m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
+PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {  // x * 2^n for integral n in [-127, 128]
+  return {_mm512_scalef_ps(x.v, n.v)};
+}
+
+#elif defined(PYKD_LEVEL_avx2)
+
+constexpr int kWidth = 8;
+struct F32 {
+  __m256 v;
+};
+PYKD_INLINE F32 set1(float x) { return {_mm256_set1_ps(x)}; }
+PYKD_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+PYKD_INLINE F32 load(const BF16* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+}
+PYKD_INLINE F32 load(const F16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+PYKD_INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }
+PYKD_INLINE __m128i bf16_bits(F32 x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+PYKD_INLINE void store(BF16* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16_bits(x)); }
+PYKD_INLINE void store(F16* p, F32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+PYKD_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+PYKD_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+PYKD_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+PYKD_INLINE F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+PYKD_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+PYKD_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+PYKD_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
+PYKD_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+PYKD_INLINE F32 round_even(F32 x) {
+  return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+struct Mask {
+  __m256 m;
+};
+PYKD_INLINE Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+PYKD_INLINE Mask equal(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+PYKD_INLINE F32 select(Mask m, F32 yes, F32 no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
+PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {
+  // Two exact factors, so that results below the smallest normal number round once, as scalef does.
+  const __m256i whole = _mm256_cvtps_epi32(n.v);
+  const __m256i half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
+  return {_mm256_mul_ps(_mm256_mul_ps(x.v, first), second)};
+}
+
+#else  // scalar
+
+constexpr int kWidth = 1;
+struct F32 {
+  float v;
+};
+PYKD_INLINE F32 set1(float x) { return {x}; }
+template <class T>
+PYKD_INLINE F32 load(const T* p) {
+  return {to_float(*p)};
+}
+template <class T>
+PYKD_INLINE void store(T* p, F32 x) {
+  *p = from_float<T>(x.v);
+}
+PYKD_INLINE F32 add(F32 a, F32 b) { return {a.v + b.v}; }
+PYKD_INLINE F32 sub(F32 a, F32 b) { return {a.v - b.v}; }
+PYKD_INLINE F32 mul(F32 a, F32 b) { return {a.v * b.v}; }
+PYKD_INLINE F32 div(F32 a, F32 b) { return {a.v / b.v}; }
+PYKD_INLINE F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
+PYKD_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {c.v - a.v * b.v}; }
+PYKD_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
+PYKD_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+PYKD_INLINE F32 round_even(F32 x) {  // for |x| < 2^22: the addition leaves no room for a fraction
+  const float magic = 12582912.0f;
+  volatile float shifted = x.v + magic;
+  return {shifted - magic};
+}
+struct Mask {
+  bool m;
+};
+PYKD_INLINE Mask less(F32 a, F32 b) { return {a.v < b.v}; }
+PYKD_INLINE Mask equal(F32 a, F32 b) { return {a.v == b.v}; }
+PYKD_INLINE F32 select(Mask m, F32 yes, F32 no) { return m.m ? yes : no; }
+PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {
+  const int whole = static_cast<int>(n.v);
+  const int half = whole >> 1;
+  const float first = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
+  const float second = bits_to_float(static_cast<uint32_t>(whole - half + 127) << 23);
+  return {x.v * first * second};
+}
+
+#endif
+
+// --- verbs built from the above -----------------------------------------------------------------------------------------
+
+// The first n (0 <= n < kWidth) elements at p; the other lanes hold `fill`.
+template <class T>
+PYKD_INLINE F32 load_n(const T* p, int64_t n, float fill) {
+  float lanes[kWidth];
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
+  return load(lanes);
+}
+
+template <class T>
+PYKD_INLINE void store_n(T* p, F32 x, int64_t n) {
+  float lanes[kWidth];
+  store(lanes, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
+}
+
+PYKD_INLINE float reduce_add(F32 x) {  // pairwise, in a fixed order
+  float lanes[kWidth];
+  store(lanes, x);
+  for (int step = kWidth / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
+PYKD_INLINE float reduce_max(F32 x) {
+  float lanes[kWidth];
+  store(lanes, x);
+  float best = lanes[0];
+  for (int i = 1; i < kWidth; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+
+// exp(x) for x <= 88.7, to about 1 ulp; exact 0 below -104 (subnormal results are kept), 0 for -inf, NaN for NaN.
+// Cephes' range reduction (n = round(x / ln 2), two-part ln 2) and a degree-6 polynomial on [-ln 2 / 2, ln 2 / 2].
+PYKD_INLINE F32 exp(F32 x) {
+  const F32 low = set1(-104.0f);
+  const F32 clamped = max(low, x);  // max returns its second argument for NaN, which must survive
+  const F32 n = round_even(mul(clamped, set1(1.44269504088896341f)));
+  F32 r = fnma(n, set1(0.693359375f), clamped);
+  r = fnma(n, set1(-2.12194440e-4f), r);
+  F32 p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(mul(r, r), p, add(r, set1(1.0f)));
+  return select(less(x, low), set1(0.0f), scale_by_power(p, n));
+}
+
+}  // namespace pykd::PYKD_LEVEL

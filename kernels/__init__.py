@@ -1,0 +1,1 @@
+"""Triton kernels of pykd, one file per op; they import torch and triton only."""

@@ -1,0 +1,30 @@
+"""pykd: distil, prune and quantize Hugging Face and torchvision models, with kernels that make the result pay.
+
+The names below are loaded when they are first used, so that `import pykd` costs little more than `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+#: Public name -> module that defines it.
+_LAZY: dict[str, str] = {
+    "build_info": "pykd.ops.dispatch",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pykd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,1 @@
+"""distillation: see docs/ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""pruning: see docs/ARCHITECTURE.md."""

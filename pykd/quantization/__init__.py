@@ -1,0 +1,1 @@
+"""quantization: see docs/ARCHITECTURE.md."""

@@ -11,8 +11,27 @@ namespace pykd {
 // Codes of element types, the same as DTYPE_CODES in pykd/ops/dispatch.py.
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Softmax distillation losses of rows of logits: see csrc/cpu/kl_div.cpp.
+// Codes of the divergences, the same as DIRECTION_CODES in pykd/ops/kl_div.py.
+enum Direction : int { kForward = 0, kReverse = 1, kJsd = 2, kTv = 3 };
+
+// Softmax distillation losses of rows of logits and their gradient: see csrc/cpu/kl_div.cpp.
 struct KlDivArgs {
+  const void* student;      // [rows, student_classes] of student_dtype, rows student_stride elements apart
+  const void* teacher;      // [rows, teacher_classes] of teacher_dtype, rows teacher_stride elements apart
+  const int64_t* labels;    // [rows], read where scale is not 0; null without a label term
+  const float* scale;       // [rows] factor of a row's loss and gradient; 0 skips the row
+  float* losses;            // [rows] out: scale * (kl_weight * divergence + ce_weight * cross entropy)
+  void* gradient;           // [rows, student_classes] of student_dtype out, or null; may be the student's memory
+  int64_t* failure;         // [1] out: -1, the first row with a label out of range, or -2 when memory is exhausted
+  int64_t rows;
+  int64_t student_classes, teacher_classes;  // the narrower one is read as padded with -inf
+  int64_t student_stride, teacher_stride;    // elements from row to row; the gradient's rows are adjacent
+  int student_dtype, teacher_dtype;  // DType
+  int direction;                     // Direction
+  double beta;                       // jsd: weight of the teacher in the mixture, in (0, 1)
+  double temperature;
+  double kl_weight, ce_weight;
+  double label_smoothing;
   int threads;
 };
 

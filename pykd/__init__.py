@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 #: Public name -> module that defines it.
 _LAZY: dict[str, str] = {
     "build_info": "pykd.ops.dispatch",
+    "kd_loss": "pykd.ops.kd_loss",
+    "kl_div_loss": "pykd.ops.kd_loss",
 }
 
 __all__ = ["__version__", *_LAZY]

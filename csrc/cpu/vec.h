@@ -16,7 +16,16 @@
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
 #elif defined(PYKD_LEVEL_avx2) || defined(PYKD_LEVEL_avx512)
+// GCC 12 warns about its own intrinsics that start from an undefined vector (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 #define PYKD_INLINE inline __attribute__((always_inline))
@@ -87,6 +96,8 @@ PYKD_INLINE F16 from_float<F16>(float x) {  // round to nearest even; overflow t
   return F16{static_cast<uint16_t>(sign | (rounded >> 13))};
 }
 
+constexpr int32_t kSqrtHalfBits = 0x3f3504f3;  // the float nearest to the square root of 1/2
+
 // --- F32: the vector --------------------------------------------------------------------------------------------------
 
 #if defined(PYKD_LEVEL_avx512)
@@ -137,6 +148,15 @@ PYKD_INLINE Mask equal(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP
 PYKD_INLINE F32 select(Mask m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
 PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {  // x * 2^n for integral n in [-127, 128]
   return {_mm512_scalef_ps(x.v, n.v)};
+}
+PYKD_INLINE F32 low_bits_to_exponent(F32 x) {  // the low nine bits of x become sign and exponent, the mantissa is 0
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
+}
+PYKD_INLINE F32 exponent_and_mantissa(F32 x, F32* mantissa) {  // x = mantissa * 2^result, see `log`
+  const __m512i bits = _mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(kSqrtHalfBits));
+  const __m512i low = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffff));
+  *mantissa = {_mm512_castsi512_ps(_mm512_add_epi32(low, _mm512_set1_epi32(kSqrtHalfBits)))};
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(bits, 23))};
 }
 
 #elif defined(PYKD_LEVEL_avx2)
@@ -194,6 +214,15 @@ PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {
   const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, first), second)};
 }
+PYKD_INLINE F32 low_bits_to_exponent(F32 x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))};
+}
+PYKD_INLINE F32 exponent_and_mantissa(F32 x, F32* mantissa) {
+  const __m256i bits = _mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(kSqrtHalfBits));
+  const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
+  *mantissa = {_mm256_castsi256_ps(_mm256_add_epi32(low, _mm256_set1_epi32(kSqrtHalfBits)))};
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(bits, 23))};
+}
 
 #else  // scalar
 
@@ -235,6 +264,12 @@ PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {
   const float first = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
   const float second = bits_to_float(static_cast<uint32_t>(whole - half + 127) << 23);
   return {x.v * first * second};
+}
+PYKD_INLINE F32 low_bits_to_exponent(F32 x) { return {bits_to_float(float_to_bits(x.v) << 23)}; }
+PYKD_INLINE F32 exponent_and_mantissa(F32 x, F32* mantissa) {
+  const int32_t bits = static_cast<int32_t>(float_to_bits(x.v)) - kSqrtHalfBits;
+  *mantissa = {bits_to_float(static_cast<uint32_t>((bits & 0x7fffff) + kSqrtHalfBits))};
+  return {static_cast<float>(bits >> 23)};
 }
 
 #endif
@@ -288,6 +323,54 @@ PYKD_INLINE F32 exp(F32 x) {
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(mul(r, r), p, add(r, set1(1.0f)));
   return select(less(x, low), set1(0.0f), scale_by_power(p, n));
+}
+
+// e^(x * scale) for x <= 0 and a fixed scale > 0, to about 1 ulp for any scale: softmax with a temperature.
+// x * scale * log2(e) = n - r is formed with fused multiply-adds from a two-float constant, so the product is never
+// rounded. Results below 2^-126 are exactly 0, and so is e^-inf; NaN stays NaN.
+struct ScaledExp {
+  F32 high, low, smallest;
+};
+
+PYKD_INLINE ScaledExp scaled_exp(double scale) {
+  const double log2_scale = scale * 1.4426950408889634074;
+  const float high = static_cast<float>(log2_scale);
+  return {set1(high), set1(static_cast<float>(log2_scale - high)), set1(static_cast<float>(-127.0 / log2_scale))};
+}
+
+PYKD_INLINE F32 exp(F32 x, const ScaledExp& constant) {
+  const F32 magic = set1(12583039.0f);  // 1.5 * 2^23 + 127: leaves round(n) + 127 in the low bits of the sum
+  const F32 clamped = max(constant.smallest, x);  // max returns its second argument for NaN
+  const F32 shifted = fma(clamped, constant.high, magic);
+  const F32 r = fnma(clamped, constant.low, fnma(clamped, constant.high, sub(shifted, magic)));
+  F32 p = set1(1.535336196e-4f);  // minimax for 2^-r on [-1/2, 1/2], relative error 2e-9
+  p = fma(p, r, set1(-1.339887502e-3f));
+  p = fma(p, r, set1(9.618436918e-3f));
+  p = fma(p, r, set1(-5.550332367e-2f));
+  p = fma(p, r, set1(2.402264774e-1f));
+  p = fma(p, r, set1(-6.931471825e-1f));
+  p = fma(p, r, set1(1.0f));
+  return mul(p, low_bits_to_exponent(shifted));
+}
+
+// Natural logarithm of a positive normal number, to about 1 ulp: x = m * 2^n with m in [sqrt(1/2), sqrt(2)), and a
+// minimax polynomial for (log(1 + f) - f + f^2 / 2) / f^3 with relative error 6e-9 in the whole.
+PYKD_INLINE F32 log(F32 x) {
+  F32 mantissa;
+  const F32 n = exponent_and_mantissa(x, &mantissa);
+  const F32 f = sub(mantissa, set1(1.0f));
+  F32 p = set1(-7.634500414e-2f);
+  p = fma(p, f, set1(1.276157945e-1f));
+  p = fma(p, f, set1(-1.316018254e-1f));
+  p = fma(p, f, set1(1.420175731e-1f));
+  p = fma(p, f, set1(-1.662335694e-1f));
+  p = fma(p, f, set1(2.000122666e-1f));
+  p = fma(p, f, set1(-2.500081956e-1f));
+  p = fma(p, f, set1(3.333333135e-1f));
+  const F32 square = mul(f, f);
+  F32 tail = fma(mul(square, f), p, mul(n, set1(-2.12194440e-4f)));  // ln 2 in two parts, the first exact in n * 0.693...
+  tail = fnma(square, set1(0.5f), tail);
+  return fma(n, set1(0.693359375f), add(f, tail));
 }
 
 }  // namespace pykd::PYKD_LEVEL

@@ -1,0 +1,123 @@
+"""The distillation losses in plain torch: the specification of the op `kl_div`, its fallback, oracle and baseline.
+
+One function per direction returns the divergence of each row and its gradient by `student / temperature`, from the
+probabilities p (student) and q (teacher) and their logarithms. -inf is handled where it would meet 0 or another -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, one_hot, pad
+
+_Pair = tuple[Tensor, Tensor]
+_INF = float("inf")
+
+
+def _expected(p: Tensor, x: Tensor) -> Tensor:
+    """p * x, and 0 where p is exactly 0 for a class that is not there (x may be infinite)."""
+    return torch.where((p == 0) & (x != _INF), 0.0, torch.where(x == _INF, x, p * x))
+
+
+def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a - b for logarithms: -inf against -inf is 0."""
+    return torch.where(a == b, 0.0, a - b)
+
+
+def _softmax_slope(p: Tensor, g: Tensor) -> Tensor:
+    """Derivative by the logits of f(p) with df/dp = g: p * (g - sum(p * g)), where p = 0 has no slope."""
+    product = torch.where(p == 0, 0.0, p * g)
+    return product - p * product.sum(-1, keepdim=True)
+
+
+def _forward(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pair:
+    return _expected(q, _log_ratio(log_q, log_p)).sum(-1), p - q
+
+
+def _reverse(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pair:
+    ratio = _log_ratio(log_p, log_q)
+    kl = _expected(p, ratio).sum(-1)
+    return kl, torch.where((kl == _INF).unsqueeze(-1), 0.0, _softmax_slope(p, ratio))
+
+
+def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pair:
+    log_m = (beta * q + (1 - beta) * p).log()
+    of_student, of_teacher = _log_ratio(log_p, log_m), _log_ratio(log_q, log_m)
+    loss = beta * _expected(q, of_teacher).sum(-1) + (1 - beta) * _expected(p, of_student).sum(-1)
+    return loss, (1 - beta) * _softmax_slope(p, of_student)
+
+
+def _tv(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pair:
+    return (p - q).abs().sum(-1) / 2, _softmax_slope(p, (p - q).sign() / 2)
+
+
+#: Direction -> row divergence and its gradient; the order is that of `Direction` in csrc/ops.h.
+DIRECTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], _Pair]] = {
+    "forward": _forward,
+    "reverse": _reverse,
+    "jsd": _jsd,
+    "tv": _tv,
+}
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """log_softmax, and -inf (no distribution) instead of NaN for a row that is -inf throughout."""
+    return torch.where((logits == -_INF).all(-1, keepdim=True), -_INF, log_softmax(logits, -1))
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float, direction: str, beta: float) -> _Pair:
+    classes = max(student.shape[1], teacher.shape[1])
+    log_p, log_q = (
+        _log_probabilities(pad(logits, (0, classes - logits.shape[1]), value=-_INF) / temperature)
+        for logits in (student, teacher)
+    )
+    value, slope = DIRECTIONS[direction](log_p.exp(), log_q.exp(), log_p, log_q, beta)
+    nothing = [(x == -_INF).all(-1) for x in (log_p, log_q)]
+    value = torch.where(nothing[0] & nothing[1], 0.0, torch.where(nothing[0] | nothing[1], _INF, value))
+    slope = torch.where((nothing[0] | nothing[1]).unsqueeze(-1), 0.0, slope)
+    return value, slope[:, : student.shape[1]] / temperature
+
+
+def _cross_entropy(student: Tensor, labels: Tensor, used: Tensor, smoothing: float) -> _Pair:
+    log_p = _log_probabilities(student)
+    labels = torch.where(used, labels, 0)
+    value = -(1 - smoothing) * log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+    target = (1 - smoothing) * one_hot(labels, student.shape[1])
+    if smoothing:
+        value, target = value - smoothing * log_p.mean(-1), target + smoothing / student.shape[1]
+    nothing = (log_p == -_INF).all(-1, keepdim=True)
+    return value, torch.where(nothing, 0.0, log_p.exp() - target)
+
+
+def kl_div_reference(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    scale: Tensor,
+    temperature: float,
+    direction: str,
+    beta: float,
+    kl_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+) -> _Pair:
+    """Row losses `scale * (kl_weight * divergence + ce_weight * cross entropy)` and their gradient by the student.
+
+    Shapes: student (rows, classes), teacher (rows, any), labels and scale (rows,). Computes in float32, or in float64
+    if an input has it. The gradient has the student's type; a row of scale 0 is skipped whatever it holds.
+    """
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    rows = student.shape[0]
+    loss, gradient = torch.zeros(rows, dtype=dtype, device=student.device), torch.zeros_like(student, dtype=dtype)
+    if kl_weight != 0:
+        value, slope = _divergence(student.to(dtype), teacher.to(dtype), temperature, direction, beta)
+        loss, gradient = loss + kl_weight * value, gradient + kl_weight * slope
+    if labels is not None and ce_weight != 0:
+        value, slope = _cross_entropy(student.to(dtype), labels, scale != 0, label_smoothing)
+        loss, gradient = loss + ce_weight * value, gradient + ce_weight * slope
+    skipped = scale == 0
+    loss = torch.where(skipped, 0.0, scale * loss).to(scale.dtype)
+    gradient = torch.where(skipped.unsqueeze(1), 0.0, scale.unsqueeze(1) * gradient)
+    return loss, gradient.to(student.dtype).contiguous()

@@ -190,7 +190,7 @@ def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 def scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """`gradient * upstream` per row on the CPU, and the gradient itself, without a sweep, where upstream is all ones."""
+    """`gradient * upstream` per row on the CPU; the gradient itself, without a sweep, where upstream is all ones."""
     if bool((upstream == 1).all()):
         return gradient
     result = memory.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .io.import_hook import install as _install_import_hook
+
 __version__ = "0.1.0"
 
 #: Public name -> module that defines it.
 _LAZY: dict[str, str] = {
     "build_info": "pykd.ops.dispatch",
+    "from_pretrained": "pykd.io.load",
     "kd_loss": "pykd.ops.kd_loss",
     "kl_div_loss": "pykd.ops.kd_loss",
+    "save_pretrained": "pykd.io.save",
 }
 
 __all__ = ["__version__", *_LAZY]
@@ -30,3 +34,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
+
+
+_install_import_hook()

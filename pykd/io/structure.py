@@ -1,0 +1,245 @@
+"""How a compressed model differs from the one its configuration describes, as JSON, and that difference applied.
+
+A configuration says "12 heads, 3072 neurons"; after pruning and quantization single layers have other widths and other
+classes. What is stored is the difference to a fresh skeleton built from the configuration: the layers whose class or
+shape is another one, the integers on containers that a forward pass computes with (`num_attention_heads` ...), and
+what is absent. Applied to such a skeleton, also on the meta device, it yields the compressed model without its values.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArtifactError, nearest
+from ..nn import COMPRESSED
+from ..nn.compressed import CompressedModule
+
+#: Plain layers that are described by the arguments of their constructor.
+PLAIN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "Linear": (nn.Linear, ("in_features", "out_features")),
+    "Conv2d": (
+        nn.Conv2d,
+        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    ),
+    "BatchNorm2d": (nn.BatchNorm2d, ("num_features", "eps", "momentum", "affine", "track_running_stats")),
+    "LayerNorm": (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine")),
+    "Embedding": (nn.Embedding, ("num_embeddings", "embedding_dim", "padding_idx")),
+    "Identity": (nn.Identity, ()),
+}
+#: Those of them whose bias is optional.
+BIASED = ("Linear", "Conv2d", "LayerNorm")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A difference to a skeleton. Names are those of `named_modules()` and `state_dict()`.
+
+    Attributes:
+        modules: layer -> its description (`describe`), where class or shape differs.
+        attributes: module -> {attribute: int or list of ints} where they differ on modules that stay what they are.
+        shapes: parameter or buffer -> shape, where it differs on modules that stay what they are.
+        removed: modules that the skeleton has and the model has not.
+        tied: name in `state_dict()` -> the name under which the same tensor is stored.
+    """
+
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; `shapes`, `removed` and `tied` are left out when empty."""
+        content = asdict(self)
+        return {k: copy.deepcopy(v) for k, v in content.items() if v or k in ("modules", "attributes")}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Structure:
+        """From the JSON form. Raises ArtifactError for a key that this format does not have."""
+        known = [item.name for item in fields(cls)]
+        for key in content:
+            if key not in known:
+                raise ArtifactError(f"the description of a saved model has an {nearest('key', key, known)}")
+        return cls(**copy.deepcopy(content))
+
+    def changes(self) -> bool:
+        """Whether the model is anything but its skeleton (ties that the skeleton makes itself do not count)."""
+        return bool(self.modules or self.attributes or self.shapes or self.removed)
+
+
+def describe(module: nn.Module) -> dict[str, Any] | None:
+    """JSON description of a layer, or None for a class that is described by its skeleton only.
+
+    >>> describe(nn.Linear(3, 2))
+    {'type': 'Linear', 'in_features': 3, 'out_features': 2, 'bias': True}
+    """
+    if isinstance(module, CompressedModule):
+        return module.spec()
+    name = type(module).__name__
+    plain, arguments = PLAIN.get(name, (None, ()))
+    if type(module) is not plain:
+        return None
+    spec: dict[str, Any] = {"type": name}
+    for argument in arguments:
+        value = getattr(module, argument)
+        spec[argument] = list(value) if isinstance(value, tuple) else value
+    if name in BIASED:
+        spec["bias"] = module.bias is not None
+    return spec
+
+
+def build(spec: dict[str, Any], *, device: torch.device | str | None = None) -> nn.Module:
+    """An empty layer from its description. Raises ArtifactError for an unknown type or missing arguments.
+
+    >>> build({"type": "Linear", "in_features": 3, "out_features": 2, "bias": False}, device="meta").weight.shape
+    torch.Size([2, 3])
+    """
+    kind = spec.get("type")
+    if kind not in PLAIN and kind not in COMPRESSED:
+        raise ArtifactError(f"a saved model has a layer of {nearest('type', kind, [*PLAIN, *COMPRESSED])}")
+    try:
+        if kind in COMPRESSED:
+            layer: nn.Module = COMPRESSED[kind].from_spec(spec, device=device)
+            return layer
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "type"}
+        with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
+            return PLAIN[kind][0](**arguments)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ArtifactError(f"a saved model describes a layer of type {kind!r} wrongly ({error!r}): {spec}.") from error
+
+
+def difference(model: nn.Module, skeleton: nn.Module) -> Structure:
+    """What turns `skeleton` into the structure of `model` (values aside; `tied` is left empty).
+
+    Raises ArtifactError for a module that cannot be described: of a class that neither the skeleton nor pykd has.
+    """
+    ours = dict(model.named_modules(remove_duplicate=False))
+    theirs = dict(skeleton.named_modules(remove_duplicate=False))
+    found = Structure()
+    for name, module in ours.items():
+        if _inside(name, found.modules):
+            continue
+        other = theirs.get(name)
+        spec = describe(module)
+        if spec is not None:
+            if other is None or spec != describe(other):
+                found.modules[name] = spec
+        elif other is None or type(module) is not type(other):
+            wanted = "nothing" if other is None else type(other).__name__
+            raise ArtifactError(
+                f"module {name!r} is a {type(module).__name__}, where the model's configuration has {wanted}; only "
+                f"{', '.join([*PLAIN, *COMPRESSED])} can be saved there. Undo wrappers and parametrizations first."
+            )
+        else:
+            _compare(name, module, other, found)
+    for name in theirs:
+        if name not in ours and not _inside(name, found.modules) and not _inside(name, found.removed):
+            found.removed.append(name)
+    return found
+
+
+def apply(model: nn.Module, structure: Structure) -> None:
+    """Give `model` the structure that `difference` found, in place and on its own device (so also on "meta").
+
+    New layers are empty: their values are loaded afterwards. Raises ArtifactError if a name does not exist.
+    """
+    made: dict[tuple[int, str], nn.Module] = {}
+    for name, spec in structure.modules.items():
+        parent, child = _parent(model, name)
+        old = parent._modules.get(child)
+        key = (id(old), repr(spec))
+        if old is None or key not in made:
+            made[key] = build(spec, device=_device(old if old is not None else model)).train(parent.training)
+        parent.add_module(child, made[key])
+    for name in reversed(structure.removed):
+        parent, child = _parent(model, name)
+        if isinstance(parent, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            del parent._modules[child]
+        else:
+            setattr(parent, child, None)
+    for name, values in structure.attributes.items():
+        module = _module(model, name)
+        for attribute, value in values.items():
+            if attribute.startswith("_") or attribute not in vars(module):
+                raise ArtifactError(f"the saved attribute {attribute!r} does not exist on module {name!r} there.")
+            setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+    for name, shape in structure.shapes.items():
+        _reshape(*_parent(model, name), shape)
+
+
+def shared(state: dict[str, Tensor], secondary: set[str] | None = None) -> dict[str, str]:
+    """Names of one and the same tensor: {name: the name to store it under}, a `secondary` name only if all are.
+
+    >>> weight = torch.ones(2)
+    >>> shared({"a": weight, "b": weight, "c": torch.ones(2)}, secondary={"a"})
+    {'a': 'b'}
+    """
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, value in state.items():
+        if value.numel():
+            place = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+            groups.setdefault(place, []).append(name)
+    tied = {}
+    for names in groups.values():
+        stored = next((name for name in names if name not in (secondary or ())), names[0])
+        tied.update({name: stored for name in names if name != stored})
+    return tied
+
+
+def _compare(name: str, module: nn.Module, other: nn.Module, found: Structure) -> None:
+    changed = {}
+    for attribute, value in vars(module).items():
+        if not attribute.startswith("_") and _integral(value) and attribute in vars(other):
+            theirs = vars(other)[attribute]
+            if value != theirs and (theirs is None or _integral(theirs)):
+                changed[attribute] = list(value) if isinstance(value, tuple) else value
+    if changed:
+        found.attributes[name] = changed
+    tensors = dict(_direct(other))
+    for key, value in _direct(module):
+        if key in tensors and tensors[key].shape != value.shape:
+            found.shapes[f"{name}.{key}" if name else key] = list(value.shape)
+
+
+def _integral(value: object) -> bool:
+    return type(value) is int or (isinstance(value, tuple) and bool(value) and all(type(item) is int for item in value))
+
+
+def _direct(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _inside(name: str, roots: dict[str, Any] | list[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in roots for end in range(1, len(parts)))
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ArtifactError(f"the saved model has a module {name!r}, which {type(model).__name__} has not.") from error
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, child = name.rpartition(".")
+    return _module(model, path), child
+
+
+def _device(module: nn.Module) -> torch.device:
+    for tensor in [*module.parameters(), *module.buffers()]:
+        return tensor.device
+    return torch.get_default_device()
+
+
+def _reshape(module: nn.Module, name: str, shape: list[int]) -> None:
+    old = dict(_direct(module)).get(name)
+    if old is None:
+        raise ArtifactError(f"the saved model has a tensor {name!r}, which its module {type(module).__name__} has not.")
+    new = torch.empty(shape, dtype=old.dtype, device=old.device)
+    setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)

@@ -1,0 +1,230 @@
+"""Physical removal of units: attention heads and feed-forward neurons of transformers, rows and columns of layers.
+
+A unit is removed by keeping the slices of every weight that produces or consumes it; the layers stay the objects they
+were, with smaller parameters. Blocks are found by the relative names of their projections (`ATTENTION`, `FEED_FORWARD`):
+a new family is one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+#: Relative names of query, key, value and output projection inside one attention block.
+ATTENTION: dict[str, tuple[str, str, str, str]] = {
+    "bert, roberta, electra, camembert": ("self.query", "self.key", "self.value", "output.dense"),
+    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin"),
+    "llama, mistral, qwen, gemma, vit": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "bart, opt, clip, whisper": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "vit of transformers 4, deit": ("attention.query", "attention.key", "attention.value", "output.dense"),
+}
+#: Relative names of the projections into and out of the neurons of one feed-forward block.
+FEED_FORWARD: dict[str, tuple[tuple[str, ...], str]] = {
+    "bert, roberta, electra, deit": (("intermediate.dense",), "output.dense"),
+    "distilbert": (("lin1",), "lin2"),
+    "vit, clip, bart, opt, whisper": (("fc1",), "fc2"),
+    "llama, mistral, qwen, gemma": (("gate_proj", "up_proj"), "down_proj"),
+    "t5": (("wi",), "wo"),
+    "t5 gated": (("wi_0", "wi_1"), "wo"),
+}
+#: Attributes that hold the width of one head, the number of query heads, of key heads, and heads times width.
+HEAD_SIZE = ("attention_head_size", "head_dim")
+QUERY_HEADS = ("num_attention_heads", "num_heads", "n_heads")
+KEY_HEADS = ("num_key_value_heads",)
+ALL_HEADS = ("all_head_size",)
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One attention block. Units are its key/value heads, each with the query heads that share it."""
+
+    name: str
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    head_size: int
+    holders: tuple[nn.Module, ...]  # modules that may carry head counts as attributes
+
+    @property
+    def units(self) -> int:
+        """Key/value heads."""
+        return self.key.out_features // self.head_size
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.query.out_features // self.head_size
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """One feed-forward block; units are its hidden neurons."""
+
+    name: str
+    inputs: tuple[nn.Linear, ...]
+    output: nn.Linear
+
+    @property
+    def units(self) -> int:
+        """Hidden neurons."""
+        return self.output.in_features
+
+
+def attention_blocks(model: nn.Module) -> list[AttentionBlock]:
+    """Every attention block whose heads can be removed, in module order.
+
+    Blocks with other parameters that depend on heads (relative position biases, norms over all heads) are left out.
+    """
+    found: list[AttentionBlock] = []
+    for name, module in model.named_modules():
+        for names in ATTENTION.values():
+            linears = _linears(module, names)
+            if linears is None:
+                continue
+            query, key, value, output = linears
+            holders = (module, module.get_submodule(names[0].rpartition(".")[0]))
+            size = _first_attribute(holders, HEAD_SIZE)
+            shapes_fit = size and query.out_features == output.in_features and key.out_features == value.out_features
+            if size and shapes_fit and not key.out_features % size and _only_per_head(module, linears, size):
+                found.append(AttentionBlock(name, query, key, value, output, size, holders))
+                break
+    return found
+
+
+def feed_forward_blocks(model: nn.Module) -> list[FeedForward]:
+    """Every feed-forward block whose neurons can be removed, in module order."""
+    found: list[FeedForward] = []
+    for name, module in model.named_modules():
+        for inputs, output in FEED_FORWARD.values():
+            linears = _linears(module, (*inputs, output))
+            if linears is not None and all(layer.out_features == linears[-1].in_features for layer in linears[:-1]):
+                found.append(FeedForward(name, tuple(linears[:-1]), linears[-1]))
+                break
+    return found
+
+
+@torch.no_grad()
+def keep_heads(block: AttentionBlock, kept: Sequence[int]) -> None:
+    """Keep only these key/value heads (with their query heads) of a block, and correct its attributes."""
+    size, per_unit = block.head_size, block.heads // block.units
+    key_rows = _expand(kept, size)
+    query_rows = _expand(kept, size * per_unit)
+    keep_rows(block.query, query_rows)
+    keep_rows(block.key, key_rows)
+    keep_rows(block.value, key_rows)
+    keep_columns(block.output, query_rows)
+    for holder in block.holders:
+        _set_existing(holder, QUERY_HEADS, block.heads)
+        _set_existing(holder, KEY_HEADS, block.units)
+        _set_existing(holder, ALL_HEADS, block.heads * size)
+
+
+@torch.no_grad()
+def keep_neurons(block: FeedForward, kept: Sequence[int]) -> None:
+    """Keep only these neurons of a feed-forward block."""
+    for layer in block.inputs:
+        keep_rows(layer, torch.as_tensor(kept))
+    keep_columns(block.output, torch.as_tensor(kept))
+
+
+def keep_rows(linear: nn.Linear, kept: Tensor) -> None:
+    """Keep these output features of a layer, in this order."""
+    linear.weight = _sliced(linear.weight, 0, kept)
+    if linear.bias is not None:
+        linear.bias = _sliced(linear.bias, 0, kept)
+    linear.out_features = len(kept)
+
+
+def keep_columns(linear: nn.Linear, kept: Tensor) -> None:
+    """Keep these input features of a layer, in this order."""
+    linear.weight = _sliced(linear.weight, 1, kept)
+    linear.in_features = len(kept)
+
+
+def head_scores(block: AttentionBlock) -> Tensor:
+    """L2 norm of all weights that go with each key/value head; float32 [units]."""
+    rows = [_row_energy(layer).view(block.units, -1).sum(1) for layer in (block.query, block.key, block.value)]
+    columns = block.output.weight.detach().float().square().sum(0).view(block.units, -1).sum(1)
+    return (torch.stack(rows).sum(0) + columns).sqrt()
+
+
+def neuron_scores(block: FeedForward) -> Tensor:
+    """L2 norm of all weights that go with each neuron; float32 [units]."""
+    rows = torch.stack([_row_energy(layer) for layer in block.inputs]).sum(0)
+    return (rows + block.output.weight.detach().float().square().sum(0)).sqrt()
+
+
+def kept_count(units: int, sparsity: float) -> int:
+    """Units left when the share ``sparsity`` (0..1) is removed: at least one."""
+    return max(1, units - round(units * sparsity))
+
+
+def strongest(scores: Tensor, count: int) -> list[int]:
+    """Indices of the ``count`` highest scores, ascending; ties go to the lower index.
+
+    >>> strongest(torch.tensor([1.0, 5.0, 3.0, 5.0]), 2)
+    [1, 3]
+    """
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return sorted(order[:count].tolist())
+
+
+def _row_energy(linear: nn.Linear) -> Tensor:
+    return linear.weight.detach().float().square().sum(1)
+
+
+def _sliced(parameter: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
+    chosen = parameter.detach().index_select(dim, kept.to(parameter.device)).clone()
+    return nn.Parameter(chosen, requires_grad=parameter.requires_grad)
+
+
+def _expand(units: Sequence[int], width: int) -> Tensor:
+    """Feature indices of units that are ``width`` consecutive features each."""
+    return (torch.as_tensor(units)[:, None] * width + torch.arange(width)).flatten()
+
+
+def _linears(module: nn.Module, names: Sequence[str]) -> list[nn.Linear] | None:
+    found: list[nn.Linear] = []
+    for name in names:
+        try:
+            child = module.get_submodule(name)
+        except AttributeError:
+            return None
+        if not isinstance(child, nn.Linear):
+            return None
+        found.append(child)
+    return found
+
+
+def _first_attribute(holders: Sequence[nn.Module], names: Sequence[str]) -> int | None:
+    values = (getattr(holder, name, None) for holder in holders for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def _set_existing(module: nn.Module, names: Sequence[str], value: int) -> None:
+    for name in names:
+        if isinstance(getattr(module, name, None), int):
+            setattr(module, name, value)
+
+
+def _only_per_head(module: nn.Module, linears: Sequence[nn.Linear], head_size: int) -> bool:
+    """True when nothing but the projections depends on the number of heads."""
+    mine = set(map(id, linears))
+    return all(_head_free(child, owner, head_size) for child, owner in _others(module, mine))
+
+
+def _others(module: nn.Module, mine: set[int]) -> Iterator[tuple[nn.Module, str]]:
+    for name, child in module.named_modules():
+        if id(child) not in mine and any(True for _ in child.parameters(recurse=False)):
+            yield child, name.rpartition(".")[2]
+
+
+def _head_free(child: nn.Module, name: str, head_size: int) -> bool:
+    if "Norm" not in type(child).__name__:
+        return False
+    over_heads = name in ("q_norm", "k_norm", "query_norm", "key_norm")
+    return not over_heads or all(p.numel() == head_size for p in child.parameters(recurse=False))

@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 #: Public name -> module that defines it.
 _LAZY: dict[str, str] = {
     "build_info": "pykd.ops.dispatch",
+    "compare": "pykd.evaluation",
+    "evaluate": "pykd.evaluation",
     "from_pretrained": "pykd.io.load",
     "kd_loss": "pykd.ops.kd_loss",
     "kl_div_loss": "pykd.ops.kd_loss",

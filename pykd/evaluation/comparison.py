@@ -1,0 +1,174 @@
+"""The verb `compare`: reports side by side, as ratios to a baseline, and in words where a stage brought nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pykd.evaluation.report import Report
+
+#: Below these a change in size or speed is called no gain: a hundredth of the file, and what repeats do not tell apart.
+SIZE_GAIN = 1.01
+SPEED_GAIN = 1.03
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """One model beside another. smaller, faster, throughput, fewer_parameters: times; above 1 is better.
+
+    paired: ``faster`` comes from alternating rounds; otherwise from the P50 of separate measurements, which is rougher.
+    accuracy_change, f1_change: differences, -1..1. agreement: share of equal predictions, None for unequal test sets.
+    """
+
+    smaller: float
+    faster: float
+    paired: bool
+    throughput: float
+    fewer_parameters: float
+    accuracy_change: float
+    f1_change: float
+    more_errors: int
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Reports in the order of their stages, their ``ratios`` to the one at index ``baseline``, and remarks in words."""
+
+    reports: tuple[Report, ...]
+    baseline: int
+    ratios: tuple[Ratios, ...]
+    remarks: tuple[str, ...]
+
+    def text(self) -> str:
+        """The table in aligned columns, then the remarks: what the command line prints."""
+        return "\n".join([*_aligned(self.cells()), *([""] if self.remarks else []), *self.remarks])
+
+    def markdown(self) -> str:
+        """The table and the remarks in Markdown."""
+        head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in self.cells()]
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        table = ["| " + " | ".join(row) + " |" for row in lines]
+        return "\n".join([*table, "", *[f"- {remark}" for remark in self.remarks]]).strip() + "\n"
+
+    def cells(self) -> list[list[str]]:
+        """The table as strings: a row of headings, then one row a model."""
+        rows = [
+            [show(report, ratio) for _, show in COLUMNS]
+            for report, ratio in zip(self.reports, self.ratios, strict=True)
+        ]
+        return [[heading for heading, _ in COLUMNS], *rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Baseline, ratios and remarks as plain values."""
+        ratios = {report.name: asdict(ratio) for report, ratio in zip(self.reports, self.ratios, strict=True)}
+        return {"baseline": self.reports[self.baseline].name, "ratios": ratios, "remarks": list(self.remarks)}
+
+
+def compare(reports: Sequence[Report], baseline: int = 0) -> Comparison:
+    """Compare models, in the order in which one was made from the other, with one of them, usually the teacher.
+
+    Every model after the first is also compared with the one before it: where that step made it neither smaller (by
+    1 %) nor faster (by 3 %), or only one of both, a remark says so. Speed ratios come from ``Report.speedup_over``
+    where the pair was timed in alternating rounds, else from the P50 latencies.
+
+    Raises ValueError for no reports, for repeated names and for a baseline that is not there.
+    """
+    names = [report.name for report in reports]
+    if not reports or len(set(names)) != len(names):
+        raise ValueError(f"compare needs reports with distinct names, got {', '.join(names) or 'none'}")
+    if not -len(reports) <= baseline < len(reports):
+        raise ValueError(f"baseline {baseline} is out of range: there are {len(reports)} reports, counted from 0")
+    first = reports[baseline]
+    remarks = [remark(now, before) for before, now in itertools.pairwise(reports)]
+    return Comparison(
+        reports=tuple(reports),
+        baseline=baseline % len(reports),
+        ratios=tuple(ratios(report, first) for report in reports),
+        remarks=tuple(sentence for sentence in remarks if sentence),
+    )
+
+
+def ratios(now: Report, before: Report) -> Ratios:
+    """One report relative to another."""
+    faster, paired = _speed(now, before)
+    return Ratios(
+        smaller=before.size_bytes / now.size_bytes,
+        faster=faster,
+        paired=paired,
+        throughput=now.throughput_per_s / before.throughput_per_s,
+        fewer_parameters=before.nonzero_parameters / max(1, now.nonzero_parameters),
+        accuracy_change=now.accuracy - before.accuracy,
+        f1_change=now.f1 - before.f1,
+        more_errors=now.errors - before.errors,
+        agreement=now.agreement(before) if now.labels == before.labels else None,
+    )
+
+
+def remark(now: Report, before: Report) -> str | None:
+    """What the step from ``before`` to ``now`` did not gain in size or speed, as a sentence; None if it gained both."""
+    step = ratios(now, before)
+    smaller, faster = step.smaller >= SIZE_GAIN, step.faster >= SPEED_GAIN
+    size = f"{megabytes(before)} -> {megabytes(now)} MB"
+    speed = f"{step.faster:.2f}x the speed"
+    quality = f"accuracy {100 * step.accuracy_change:+.2f} points"
+    if smaller and faster:
+        return None
+    if smaller:
+        return (
+            f"no gain in speed here: {now.name} is smaller than {before.name} ({size}), but runs at {speed}; {quality}."
+        )
+    if faster:
+        return (
+            f"no gain in size here: {now.name} runs at {speed} of {before.name}, but its file is not smaller ({size})."
+        )
+    return f"no gain here: {now.name} is neither smaller ({size}) nor faster ({speed}) than {before.name}; {quality}."
+
+
+def megabytes(report: Report) -> str:
+    """Bytes on disk in MB (10^6 bytes) as tables show them."""
+    return f"{report.size_bytes / 1e6:,.2f}"
+
+
+def _speed(now: Report, before: Report) -> tuple[float, bool]:
+    if now.name == before.name:
+        return 1.0, True
+    if before.name in now.speedup_over:
+        return now.speedup_over[before.name], True
+    return before.latency_p50_ms / now.latency_p50_ms, False
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number:,}"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+#: Heading -> how a cell is written.
+COLUMNS: tuple[tuple[str, Callable[[Report, Ratios], str]], ...] = (
+    ("model", lambda report, _: report.name),
+    ("accuracy", lambda report, _: f"{100 * report.accuracy:.2f} %"),
+    ("precision", lambda report, _: f"{report.precision:.4f}"),
+    ("recall", lambda report, _: f"{report.recall:.4f}"),
+    ("F1", lambda report, _: f"{report.f1:.4f}"),
+    ("errors", lambda report, _: f"{report.errors:,}"),
+    ("params", lambda report, _: _count(report.parameters)),
+    ("non-zero", lambda report, _: _count(report.nonzero_parameters)),
+    ("MB", lambda report, _: megabytes(report)),
+    ("smaller", lambda _, ratio: f"{ratio.smaller:.2f}x"),
+    ("P50 ms", lambda report, _: f"{report.latency_p50_ms:.2f}"),
+    ("P95 ms", lambda report, _: f"{report.latency_p95_ms:.2f}"),
+    ("P99 ms", lambda report, _: f"{report.latency_p99_ms:.2f}"),
+    ("faster", lambda _, ratio: f"{ratio.faster:.2f}x"),
+    ("items/s", lambda report, _: f"{report.throughput_per_s:,.0f}"),
+    ("agreement", lambda _, ratio: "-" if ratio.agreement is None else f"{100 * ratio.agreement:.1f} %"),
+)

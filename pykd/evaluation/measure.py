@@ -1,0 +1,117 @@
+"""The verb `evaluate`: everything a report says about one model, measured in one call."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from pykd.data.bundle import DataBundle, batches
+from pykd.errors import DataError
+from pykd.evaluation.counting import count_parameters, saved_bytes, state_bytes
+from pykd.evaluation.latency import device_of, evaluating, measure_latency, measure_throughput
+from pykd.evaluation.metrics import quality
+from pykd.evaluation.report import Report
+from pykd.models.adapter import logits, move
+
+#: Test examples that the latency at batch 1 goes round: enough that texts of different lengths take part.
+LATENCY_EXAMPLES = 32
+#: Batches that the throughput goes round.
+THROUGHPUT_BATCHES = 4
+
+
+def evaluate(
+    model: nn.Module,
+    data: DataBundle,
+    *,
+    name: str = "model",
+    batch_size: int = 64,
+    latency_rounds: int = 100,
+    path: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Measure a classifier on the held-out split of ``data``: quality, size and speed. The model is not changed.
+
+    batch_size: of the quality pass and of the throughput. latency_rounds: timed calls at batch 1, after a warm-up, on
+    the first test examples in turn, on the model's device, with torch's current number of threads (the report has it).
+    path: file or folder the model is saved in, whose bytes are reported; without it, its state is saved temporarily.
+
+    Raises DataError when model and data have different classes or the scores are not finite, TypeError for data that is
+    no DataBundle, ArtifactError for a path without weights.
+
+    >>> from pykd.data.bundle import stack
+    >>> items = [{"pixel_values": torch.eye(3)[i % 3], "labels": i % 3} for i in range(9)]
+    >>> data = DataBundle(train=items, test=items, collate=stack, class_names=("a", "b", "c"), name="corners")
+    >>> report = evaluate(nn.Identity(), data, latency_rounds=5)
+    >>> report.accuracy, report.errors
+    (1.0, 0)
+    """
+    if not isinstance(data, DataBundle):
+        raise TypeError(
+            f"data must be a DataBundle, got {type(data).__name__}; wrap the splits: DataBundle(train=..., test=..., "
+            "collate=..., class_names=..., name=...)"
+        )
+    size_bytes = state_bytes(model) if path is None else saved_bytes(path)
+    labels, predictions, confidences = predict(model, data, batch_size=batch_size)
+    scored = quality(labels, predictions, data.class_names)
+    singles = [data.collate([data.test[index]]) for index in range(min(LATENCY_EXAMPLES, len(data.test)))]
+    latency = measure_latency(model, singles, rounds=latency_rounds)
+    rows = [
+        dict(batch)
+        for batch, _ in zip(batches(data.test, data.collate, batch_size), range(THROUGHPUT_BATCHES), strict=False)
+    ]
+    full = [batch for batch in rows if len(batch["labels"]) == batch_size] or rows
+    parameters, nonzero = count_parameters(model)
+    return Report(
+        name=name,
+        accuracy=scored.accuracy,
+        precision=scored.precision,
+        recall=scored.recall,
+        f1=scored.f1,
+        per_class=scored.per_class,
+        confusion=scored.confusion,
+        class_names=tuple(data.class_names),
+        parameters=parameters,
+        nonzero_parameters=nonzero,
+        size_bytes=size_bytes,
+        latency_p50_ms=latency.p50_ms,
+        latency_p95_ms=latency.p95_ms,
+        latency_p99_ms=latency.p99_ms,
+        latency_rounds=latency.rounds,
+        throughput_per_s=measure_throughput(model, full),
+        throughput_batch=len(full[0]["labels"]),
+        threads=torch.get_num_threads(),
+        device=str(device_of(model)),
+        labels=tuple(labels),
+        predictions=tuple(predictions),
+        confidences=tuple(confidences),
+    )
+
+
+def predict(model: nn.Module, data: DataBundle, *, batch_size: int = 64) -> tuple[list[int], list[int], list[float]]:
+    """(labels, predictions, probabilities of the predictions) over the test split, in its order.
+
+    Raises DataError when the model's classes are not the data's, and when a score is NaN or infinite.
+    """
+    device = device_of(model)
+    labels: list[int] = []
+    predictions: list[int] = []
+    confidences: list[float] = []
+    with evaluating(model):
+        for batch in batches(data.test, data.collate, batch_size):
+            scores = logits(model, move(batch, device)).float()
+            if scores.shape[-1] != len(data.class_names):
+                raise DataError(
+                    f"the model tells {scores.shape[-1]} classes apart, but {data.name!r} names "
+                    f"{len(data.class_names)}; use a model with a head for these classes"
+                )
+            if not bool(scores.isfinite().all()):
+                raise DataError(
+                    f"the model's scores are not finite for test examples {len(labels)} to "
+                    f"{len(labels) + len(scores) - 1}; look for NaN or infinite weights"
+                )
+            confidence, best = scores.softmax(-1).max(-1)
+            labels += batch["labels"].tolist()
+            predictions += best.tolist()
+            confidences += [round(value, 6) for value in confidence.tolist()]
+    return labels, predictions, confidences

@@ -1,0 +1,80 @@
+"""What was measured of one model: quality, size, speed, and every prediction."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from pykd.evaluation.metrics import ClassQuality
+
+
+@dataclass(frozen=True)
+class Report:
+    """Measurements of one model on one held-out split, on the machine they were made on.
+
+    accuracy and the macro means ``precision``, ``recall``, ``f1`` are shares, 0..1. parameters counts weights that the
+    model stands for, nonzero_parameters those that are not zero. size_bytes: of the file the weights are saved in.
+    latency_*_ms: one call at batch 1 over ``latency_rounds`` calls; throughput_per_s: examples a second at
+    ``throughput_batch``. labels, predictions, confidences (probability of the prediction): one per example, in order.
+    speedup_over: how many times faster than another model, by name, from alternating rounds.
+    """
+
+    name: str
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    per_class: tuple[ClassQuality, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    class_names: tuple[str, ...]
+    parameters: int
+    nonzero_parameters: int
+    size_bytes: int
+    latency_p50_ms: float
+    latency_p95_ms: float
+    latency_p99_ms: float
+    latency_rounds: int
+    throughput_per_s: float
+    throughput_batch: int
+    threads: int
+    device: str
+    labels: tuple[int, ...]
+    predictions: tuple[int, ...]
+    confidences: tuple[float, ...]
+    speedup_over: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> int:
+        """How many examples are classified wrongly."""
+        return sum(label != found for label, found in zip(self.labels, self.predictions, strict=True))
+
+    def agreement(self, other: Report) -> float:
+        """Share of examples, 0..1, on which two models predict the same class; ValueError for unequal test sets."""
+        if self.labels != other.labels:
+            raise ValueError(
+                f"{self.name} and {other.name} were measured on different examples ({len(self.labels)} and "
+                f"{len(other.labels)}); evaluate both on the same test split"
+            )
+        same = sum(a == b for a, b in zip(self.predictions, other.predictions, strict=True))
+        return same / len(self.labels)
+
+    def with_speedup(self, over: str, ratio: float) -> Report:
+        """The same report that also knows how many times faster the model is than the one named ``over``."""
+        return replace(self, speedup_over={**self.speedup_over, over: ratio})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain values for JSON; ``Report.from_dict`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """A report as :meth:`to_dict` wrote it, also after a trip through JSON. Unknown keys are an error."""
+        known = {entry.name for entry in fields(cls)}
+        if set(values) - known:
+            raise ValueError(f"not a report: unknown fields {', '.join(sorted(set(values) - known))}")
+        read: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in values.items()
+        }
+        read["per_class"] = tuple(ClassQuality(**entry) for entry in values["per_class"])
+        read["confusion"] = tuple(tuple(row) for row in values["confusion"])
+        return cls(**read)

@@ -8,6 +8,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
+#include "cpu/sparse_pack.h"
 
 namespace py = pybind11;
 
@@ -51,6 +52,65 @@ std::int64_t kl_div(std::uintptr_t student, std::uintptr_t teacher, std::uintptr
   return failure;
 }
 
+void bind_sparse(py::module_& m) {
+  using Address = uintptr_t;
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "sparse_linear",
+      [](Address x, Address bitmask, Address values, Address offsets, Address tail, Address bias, Address y, int64_t rows,
+         int64_t in_features, int64_t out_features, int64_t x_stride, int64_t tail_row, int value_dtype, int threads) {
+        pykd::table().sparse_linear({address<float>(x), address<uint8_t>(bitmask), address<void>(values),
+                                     address<int64_t>(offsets), address<void>(tail), address<float>(bias),
+                                     address<float>(y), rows, in_features, out_features, x_stride, tail_row, value_dtype,
+                                     threads});
+      },
+      release);
+  m.def(
+      "sparse_panels",
+      [](Address x, Address pack, Address bias, Address scratch, Address y, int64_t rows, int64_t in_features,
+         int64_t out_features, int64_t x_stride, int threads) {
+        pykd::table().sparse_panels({address<float>(x), address<uint8_t>(pack), address<float>(bias),
+                                     address<float>(scratch), address<float>(y), rows, in_features, out_features,
+                                     x_stride, threads});
+      },
+      release);
+  m.def(
+      "bitmask_offsets",
+      [](Address bitmask, int64_t in_features, int64_t out_features, Address offsets) {
+        return pykd::bitmask_offsets(address<uint8_t>(bitmask), in_features, out_features, address<int64_t>(offsets));
+      },
+      release);
+  m.def("sparse_panels_scratch", &pykd::sparse_panels_scratch);
+  m.def(
+      "sparse_panels_bytes",
+      [](Address bitmask, int64_t in_features, int64_t out_features, int64_t tile) {
+        return pykd::sparse_panels_bytes(address<uint8_t>(bitmask), in_features, out_features, tile);
+      },
+      release);
+  m.def(
+      "sparse_panels_pack",
+      [](Address bitmask, Address values, Address offsets, int64_t in_features, int64_t out_features, int64_t tile,
+         Address pack) {
+        pykd::sparse_panels_pack(address<uint8_t>(bitmask), address<float>(values), address<int64_t>(offsets),
+                                 in_features, out_features, tile, address<uint8_t>(pack));
+      },
+      release);
+  const auto bind_transfer = [&](const char* name, bool expand) {
+    m.def(
+        name,
+        [expand](Address bitmask, Address offsets, Address values, Address dense, int64_t in_features,
+                 int64_t out_features, int element_size, int threads) {
+          const pykd::BitmaskArgs args = {address<uint8_t>(bitmask), address<int64_t>(offsets), address<void>(values),
+                                          address<void>(dense),      in_features,               out_features,
+                                          element_size,              threads};
+          expand ? pykd::table().bitmask_expand(args) : pykd::table().bitmask_gather(args);
+        },
+        release);
+  };
+  bind_transfer("bitmask_expand", true);
+  bind_transfer("bitmask_gather", false);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -75,5 +135,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("beta"), py::arg("temperature"), py::arg("kl_weight"), py::arg("ce_weight"),
         py::arg("label_smoothing"), py::arg("threads"),
         "Distillation losses and gradient of rows of logits; returns -1 or the first row with a label out of range.");
+  bind_sparse(m);
   pykd::isa();  // an impossible PYKD_ISA is an error at import, not at the first call
 }

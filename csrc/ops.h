@@ -40,8 +40,40 @@ struct Linear4bitArgs {
   int threads;
 };
 
-// Linear layer over a bitmask-packed sparse weight: see csrc/cpu/sparse_linear.cpp.
+// y = x W^T + bias for 1 to 4 rows, W read as bitmask + values and expanded on the way: see csrc/cpu/sparse_linear.cpp.
 struct SparseLinearArgs {
+  const float* x;          // fp32 [rows, x_stride]; columns from in_features up to a multiple of 16 are 0
+  const uint8_t* bitmask;  // uint8 [out_features, ceil(in_features / 8)], bit k % 8 of byte k / 8 is column k
+  const void* values;      // value_dtype [nnz], row-major
+  const int64_t* offsets;  // int64 [out_features + 1], index of each row's first value
+  const void* tail;        // value_dtype: the values from row tail_row on, with 16 readable elements after them
+  const float* bias;       // fp32 [out_features] or null
+  float* y;                // fp32 [rows, out_features]
+  int64_t rows, in_features, out_features, x_stride;
+  int64_t tail_row;  // rows before it have 16 readable elements after their last value in `values`
+  int value_dtype;   // DType
+  int threads;
+};
+
+// y = x W^T + bias with W packed by csrc/cpu/sparse_pack.cpp for many rows: see csrc/cpu/sparse_panels.cpp.
+struct SparsePanelsArgs {
+  const float* x;        // fp32 [rows, x_stride]
+  const uint8_t* pack;   // the bytes that sparse_panels_pack wrote
+  const float* bias;     // fp32 [out_features] or null
+  float* scratch;        // fp32 [sparse_panels_scratch(rows, in_features, tile, threads)]
+  float* y;              // fp32 [rows, out_features]
+  int64_t rows, in_features, out_features, x_stride;
+  int threads;
+};
+
+// Between a dense matrix and its bitmask + values, in either direction: see csrc/cpu/bitmask.cpp.
+struct BitmaskArgs {
+  const uint8_t* bitmask;  // uint8 [out_features, ceil(in_features / 8)]
+  const int64_t* offsets;  // int64 [out_features + 1]
+  void* values;            // [nnz] elements of element_size bytes, row-major: read by expand, written by gather
+  void* dense;             // [out_features, in_features] elements of element_size bytes: written by expand, read by gather
+  int64_t in_features, out_features;
+  int element_size;  // 2 or 4
   int threads;
 };
 
@@ -49,7 +81,10 @@ struct SparseLinearArgs {
 #define PYKD_OPS(X)            \
   X(kl_div, KlDivArgs)         \
   X(linear_4bit, Linear4bitArgs) \
-  X(sparse_linear, SparseLinearArgs)
+  X(sparse_linear, SparseLinearArgs) \
+  X(sparse_panels, SparsePanelsArgs) \
+  X(bitmask_expand, BitmaskArgs)     \
+  X(bitmask_gather, BitmaskArgs)
 
 #define PYKD_DECLARE(op, Args) void op(const Args& args);
 namespace scalar {

@@ -6,6 +6,7 @@ emulated: tuple[str, ...]
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def isa_levels() -> list[str]: ...
+<<<<<<< HEAD
 def advise_huge_pages(memory: int, bytes: int) -> None: ...
 def kl_div(
     student: int,
@@ -29,3 +30,59 @@ def kl_div(
     label_smoothing: float,
     threads: int,
 ) -> int: ...
+=======
+def sparse_linear(
+    x: int,
+    bitmask: int,
+    values: int,
+    offsets: int,
+    tail: int,
+    bias: int,
+    y: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    x_stride: int,
+    tail_row: int,
+    value_dtype: int,
+    threads: int,
+) -> None: ...
+def sparse_panels(
+    x: int,
+    pack: int,
+    bias: int,
+    scratch: int,
+    y: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    x_stride: int,
+    threads: int,
+) -> None: ...
+def sparse_panels_scratch(rows: int, in_features: int, tile: int, threads: int) -> int: ...
+def sparse_panels_bytes(bitmask: int, in_features: int, out_features: int, tile: int) -> int: ...
+def sparse_panels_pack(
+    bitmask: int, values: int, offsets: int, in_features: int, out_features: int, tile: int, pack: int
+) -> None: ...
+def bitmask_expand(
+    bitmask: int,
+    offsets: int,
+    values: int,
+    dense: int,
+    in_features: int,
+    out_features: int,
+    element_size: int,
+    threads: int,
+) -> None: ...
+def bitmask_gather(
+    bitmask: int,
+    offsets: int,
+    values: int,
+    dense: int,
+    in_features: int,
+    out_features: int,
+    element_size: int,
+    threads: int,
+) -> None: ...
+def bitmask_offsets(bitmask: int, in_features: int, out_features: int, offsets: int) -> int: ...
+>>>>>>> 8f41dde (wip)

@@ -1,0 +1,1 @@
+"""How compressed weights are written down: pure functions between a dense weight and its canonical tensors."""

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import opcheck
+
+from pykd.ops import sparse_linear as op
+from pykd.ops.bitmask import PackedSparse, bitmask_expand, bitmask_pack
+from pykd.ops.dispatch import build_info, native
+from pykd.ops.sparse_linear import route, sparse_linear, sparse_linear_reference
+
+ROUTES = ["expand", "panels", "dense"] if native is not None else ["reference"]
+SHAPES = [(1, 1), (7, 13), (130, 259), (37, 1000), (2, 70001)]
+ROWS = [1, 2, 3, 4, 17, 70]
+
+
+@pytest.fixture(params=ROUTES)
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force one CPU route; the expanding kernel serves up to four rows, more go to the panels."""
+    wanted: str = request.param
+    monkeypatch.setattr(op, "route", lambda density, rows: "panels" if wanted == "expand" and rows > 4 else wanted)
+    return wanted
+
+
+def random_packed(out: int, columns: int, density: float, dtype: torch.dtype = torch.float32) -> PackedSparse:
+    mask = torch.rand(out, columns) < density
+    return PackedSparse(bitmask_pack(mask), torch.randn(int(mask.sum())).to(dtype), columns)
+
+
+def assert_as_good_as_torch(y: Tensor, x: Tensor, packed: PackedSparse, bias: Tensor | None) -> None:
+    """Every element as close to float64 as torch's own layer in the dtype of x, or within float32 summation error."""
+    weight = bitmask_expand(packed).double()
+    bias64 = torch.zeros(packed.out_features).double() if bias is None else bias.double()
+    exact = F.linear(x.double(), weight, bias64)
+    magnitude = F.linear(x.double().abs(), weight.abs(), bias64.abs())
+    rounding = torch.finfo(x.dtype).eps / 2 * exact.abs() + torch.finfo(x.dtype).tiny
+    bound = rounding + 4e-7 * magnitude
+    torch_error = (F.linear(x, weight.to(x.dtype), bias64.to(x.dtype)).double() - exact).abs()
+    worst = ((y.double() - exact).abs() - torch.maximum(bound, torch_error)).flatten()
+    index = int(worst.argmax())
+    assert worst[index] <= 0, f"element {index}: got {y.flatten()[index]}, want {exact.flatten()[index]}"
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_route_is_as_good_as_torch(isa: str, chosen: str, shape: tuple[int, int], density: float) -> None:
+    out, columns = shape
+    packed, bias = random_packed(out, columns, density), torch.randn(out)
+    for rows in ROWS:
+        x = torch.randn(rows, columns)
+        assert_as_good_as_torch(sparse_linear(x, packed, bias), x, packed, bias)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(isa: str, chosen: str, x_dtype: torch.dtype, value_dtype: torch.dtype) -> None:
+    packed = random_packed(33, 70, 0.4, value_dtype)
+    for rows in (1, 5):
+        x = torch.randn(rows, 70).to(x_dtype)
+        y = sparse_linear(x, packed)
+        assert y.dtype == x_dtype
+        assert_as_good_as_torch(y, x, packed, None)
+
+
+@pytest.mark.parametrize("pattern", ["dense row", "dense column", "banded", "first half empty"])
+def test_patterns(isa: str, chosen: str, pattern: str) -> None:
+    mask = torch.zeros(150, 300, dtype=torch.bool)
+    if pattern == "dense row":
+        mask[77] = True
+    elif pattern == "dense column":
+        mask[:, 299] = True
+    elif pattern == "banded":
+        mask = torch.ones(150, 300).tril(3).triu(-3).bool()
+    else:
+        mask[75:] = torch.rand(75, 300) < 0.3
+    packed = PackedSparse(bitmask_pack(mask), torch.randn(int(mask.sum())), 300)
+    for rows in (1, 20):
+        x = torch.randn(rows, 300)
+        assert_as_good_as_torch(sparse_linear(x, packed), x, packed, None)
+
+
+def test_shapes_of_x(isa: str, chosen: str) -> None:
+    packed, bias = random_packed(10, 24, 0.5), torch.randn(10)
+    for x in (
+        torch.randn(24),
+        torch.randn(2, 3, 24),
+        torch.randn(0, 24),
+        torch.randn(24, 6).T,
+        torch.randn(4, 48)[:, ::2],
+    ):
+        y = sparse_linear(x, packed, bias)
+        assert y.shape == (*x.shape[:-1], 10)
+        torch.testing.assert_close(y, sparse_linear_reference(x, packed, bias))
+    for out, columns in ((0, 24), (10, 0)):
+        empty = random_packed(out, columns, 0.5)
+        x = torch.randn(3, columns)
+        torch.testing.assert_close(sparse_linear(x, empty, bias[:out]), bias[:out].expand(3, out))
+
+
+def test_large_activations_and_neighbours_of_infinities(isa: str, chosen: str) -> None:
+    packed = random_packed(40, 64, 0.3)
+    kept = bitmask_expand(packed)[:, 5] != 0
+    for rows in (1, 6):
+        x = torch.randn(rows, 64) * 1e4
+        assert_as_good_as_torch(sparse_linear(x, packed), x, packed, None)
+        x[-1, 5] = float("inf")
+        y = sparse_linear(x, packed)
+        assert not y[-1, kept].isfinite().any()
+        assert y[:-1].isfinite().all()
+        x[-1, 5] = float("nan")
+        y = sparse_linear(x, packed)
+        assert y[-1, kept].isnan().all() and y[:-1].isfinite().all()
+
+
+def test_any_number_of_threads_gives_the_same_bits(isa: str, chosen: str) -> None:
+    packed = random_packed(700, 520, 0.2)
+    before = torch.get_num_threads()
+    for rows in (1, 40):
+        x = torch.randn(rows, 520)
+        results = []
+        try:
+            for threads in (2, 1, 3, 5):
+                torch.set_num_threads(threads)
+                results.append(sparse_linear(x, packed))
+        finally:
+            torch.set_num_threads(before)
+        if chosen != "dense":
+            assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_in_place_edits_are_seen_and_layouts_die_with_their_weight(chosen: str) -> None:
+    packed, x = random_packed(20, 30, 0.5), torch.randn(2, 30)
+    before = sparse_linear(x, packed)
+    packed.values.mul_(2)
+    torch.testing.assert_close(sparse_linear(x, packed), before * 2)
+    gc.collect()
+    alive = len(op._layouts)
+    del packed
+    gc.collect()
+    assert len(op._layouts) == alive - 1
+
+
+def test_values_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        packed = random_packed(20, 30, 0.2)
+        x = torch.randn(2, 30)
+        torch.testing.assert_close(sparse_linear(x, packed), sparse_linear_reference(x, packed))
+
+
+def test_route() -> None:
+    if native is None:
+        assert route(0.5, 1) == "reference"
+        return
+    assert {route(d, r) for d in (0.7, 0.9, 1.0) for r in (1, 8, 128)} == {"dense"}
+    assert route(0.5, 1) == "expand"
+    assert {route(d, r) for d in (0.05, 0.2) for r in (1, 8, 128)} == {"panels"}
+    rows = [row for row in build_info()["table"] if row["op"] == "sparse_linear" and row["device"] == "cpu"]
+    assert any("dense weight kept" in row["implementation"] for row in rows)
+
+
+@pytest.mark.parametrize("trains", ["values", "x and bias"])
+def test_gradients(isa: str, trains: str) -> None:
+    packed = random_packed(9, 14, 0.4)
+    x, bias, values = torch.randn(2, 3, 14), torch.randn(9), packed.values.clone()
+    if trains == "values":
+        values.requires_grad_()
+    x.requires_grad_()
+    bias.requires_grad_()
+    upstream = torch.randn(2, 3, 9)
+    sparse_linear(x, packed._replace(values=values), bias).backward(upstream)
+    weight = bitmask_expand(packed).requires_grad_()
+    x2, bias2 = x.detach().requires_grad_(), bias.detach().requires_grad_()
+    F.linear(x2, weight, bias2).backward(upstream)
+    assert x2.grad is not None and bias2.grad is not None and weight.grad is not None
+    torch.testing.assert_close(x.grad, x2.grad)
+    torch.testing.assert_close(bias.grad, bias2.grad)
+    if trains == "values":
+        torch.testing.assert_close(values.grad, weight.grad[bitmask_expand(packed) != 0])
+
+
+def test_gradient_of_the_op_itself() -> None:
+    packed = random_packed(9, 14, 0.4)
+    x, values = torch.randn(4, 14, requires_grad=True), packed.values.clone().requires_grad_()
+    bias = torch.randn(9, requires_grad=True)
+    inputs = (x, values, bias)
+    got = torch.autograd.grad(torch.ops.pykd.sparse_linear(x, values, packed.bitmask, 14, bias).sum(), inputs)
+    want = torch.autograd.grad(sparse_linear(x, packed._replace(values=values), bias).sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_opcheck() -> None:
+    packed = random_packed(9, 14, 0.4)
+    for grad in (False, True):
+        x = torch.randn(2, 14, requires_grad=grad)
+        for bias in (None, torch.randn(9, requires_grad=grad)):
+            values = packed.values.clone().requires_grad_(grad)
+            opcheck(torch.ops.pykd.sparse_linear, (x, values, packed.bitmask, 14, bias))
+
+
+def test_compiles_in_one_graph_without_packing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x, bias = random_packed(20, 30, 0.2), torch.randn(4, 30), torch.randn(20)
+    compiled = torch.compile(lambda a, p, b: sparse_linear(a, p, b).relu(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, packed, bias), sparse_linear(x, packed, bias).relu())
+    made: list[PackedSparse] = []
+    make = op._make_layout
+    monkeypatch.setattr(op, "_make_layout", lambda p, version: made.append(p) or make(p, version))
+    for _ in range(3):
+        compiled(x, packed, bias)
+    assert made == []
+    values = packed.values.clone().requires_grad_()
+    trained = packed._replace(values=values)
+    compiled(x, trained, bias).sum().backward()
+    assert values.grad is not None
+    want = torch.autograd.grad(sparse_linear(x, trained, bias).relu().sum(), values)[0]
+    torch.testing.assert_close(values.grad, want)
+
+
+def test_autocast_matches_linear() -> None:
+    packed, x = random_packed(20, 30, 0.2), torch.randn(4, 30)
+    trained = packed._replace(values=packed.values.clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        for weight in (packed, trained):
+            y = sparse_linear(x, weight)
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y, F.linear(x, bitmask_expand(weight)), rtol=2e-2, atol=2e-2)
+
+
+def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = random_packed(20, 30, 0.2), torch.randn(4, 30)
+    monkeypatch.setattr(op, "native", None)
+    monkeypatch.setattr("pykd.ops.bitmask.native", None)
+    assert torch.equal(sparse_linear(x, packed), sparse_linear_reference(x, packed))
+
+
+def test_errors() -> None:
+    packed = random_packed(20, 30, 0.2)
+    with pytest.raises(ValueError, match=r"x has shape \(4, 31\); its last dimension has to be in_features=30"):
+        sparse_linear(torch.randn(4, 31), packed)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\); expected \(out_features,\) = \(20,\)"):
+        sparse_linear(torch.randn(4, 30), packed, torch.randn(3))
+    with pytest.raises(TypeError, match=r"x is torch.float64: convert it"):
+        sparse_linear(torch.randn(4, 30).double(), packed)
+    with pytest.raises(TypeError, match=r"values is torch.float64"):
+        sparse_linear(torch.randn(4, 30), packed._replace(values=packed.values.double().requires_grad_()))
+    with pytest.raises(ValueError, match="bias is on meta and the weight on cpu"):
+        sparse_linear(torch.randn(4, 30), packed, torch.randn(20, device="meta"))
+    with pytest.raises(ValueError, match="bitmask keeps"):
+        sparse_linear(torch.randn(4, 30), packed._replace(values=packed.values[1:]))
+    assert native is not None
+    with pytest.raises(ValueError, match="a panel's tile has 1 to 255 columns"):
+        native.sparse_panels_bytes(packed.bitmask.data_ptr(), 30, 20, 256)

@@ -17,6 +17,7 @@ _LAZY: dict[str, str] = {
     "build_info": "pykd.ops.dispatch",
     "compare": "pykd.evaluation",
     "evaluate": "pykd.evaluation",
+    "finetune": "pykd.training.finetune",
     "from_pretrained": "pykd.io.load",
     "kd_loss": "pykd.ops.kd_loss",
     "kl_div_loss": "pykd.ops.kd_loss",

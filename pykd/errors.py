@@ -22,6 +22,10 @@ class DataError(PykdError, ValueError):
     """A data set does not hold what the task needs: a missing column, a label out of range, an empty split."""
 
 
+class TrainingError(PykdError, RuntimeError):
+    """Training cannot go on: the loss or a gradient is not finite."""
+
+
 class RecipeError(PykdError, ValueError):
     """A recipe names something that does not exist or combines things that do not go together."""
 

@@ -69,18 +69,19 @@ def derive(
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The transformer's layers, one list per stack (encoder, decoder), by name.
 
-    They are the outermost lists of layers of one class that hold attention or feed-forward blocks, or that are as long as
-    the config says the network is deep.
+    They are the outermost lists of layers of one class that hold attention or feed-forward blocks, or that are as long
+    as the config says the network is deep.
     """
     owners = [block.name for block in attention_blocks(model)] + [block.name for block in feed_forward_blocks(model)]
     config = getattr(model, "config", None)
     depths = {getattr(config, name, None) for name in LAYER_COUNTS}
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in stacks)
-        if isinstance(module, nn.ModuleList) and not inside and len({type(layer) for layer in module}) == 1:
-            if len(module) in depths or any(owner.startswith(f"{name}.") for owner in owners):
-                stacks[name] = module
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in stacks):
+            continue
+        known = len(module) in depths or any(owner.startswith(f"{name}.") for owner in owners)
+        if known and len({type(layer) for layer in module}) == 1:
+            stacks[name] = module
     return stacks
 
 

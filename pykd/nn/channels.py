@@ -1,7 +1,7 @@
 """Physical removal of channels of convolutional networks, through residuals, depthwise convolutions and norms.
 
-Which slices must go together is found by Torch-Pruning's dependency graph (Fang et al. 2023, DepGraph); the scores, what
-may be touched and the record of what changed are ours.
+Which slices must go together is found by Torch-Pruning's dependency graph (Fang et al. 2023, DepGraph); the scores,
+what may be touched and the record of what changed are ours.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def update_config(model: nn.Module) -> None:
     """Set head counts and feed-forward width in ``model.config`` when all blocks agree and the config can say it.
 
     A uniform change can then be rebuilt from the config alone. BERT, for instance, derives the width of a head from
-    ``hidden_size / num_attention_heads``: fewer heads of the old width cannot be said there, and the config is left alone.
+    ``hidden_size / num_attention_heads``: fewer heads of the old width cannot be said there, and it is left alone.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):

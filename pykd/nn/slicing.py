@@ -1,8 +1,8 @@
 """Physical removal of units: attention heads and feed-forward neurons of transformers, rows and columns of layers.
 
 A unit is removed by keeping the slices of every weight that produces or consumes it; the layers stay the objects they
-were, with smaller parameters. Blocks are found by the relative names of their projections (`ATTENTION`, `FEED_FORWARD`):
-a new family is one line.
+were, with smaller parameters. Blocks are found by the relative names of their projections (`ATTENTION`,
+`FEED_FORWARD`): a new family is one line.
 """
 
 from __future__ import annotations

@@ -1,1 +1,10 @@
-"""training: see docs/ARCHITECTURE.md."""
+"""The one training loop, its checkpoints, and supervised training over it."""
+
+from __future__ import annotations
+
+from pykd.training.config import TrainConfig
+from pykd.training.finetune import finetune
+from pykd.training.history import History
+from pykd.training.loop import fit
+
+__all__ = ["History", "TrainConfig", "finetune", "fit"]

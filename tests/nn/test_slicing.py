@@ -1,4 +1,4 @@
-"""Heads and neurons removed from real (tiny) transformers: exact where the removed units did nothing, and consistent."""
+"""Heads and neurons removed from real (tiny) transformers: exact where the removed units did nothing."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+"""Supervised training: labels alone, no teacher. How a teacher is made, and the baseline of every distillation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pykd.data.bundle import DataBundle
+from pykd.models.adapter import logits, num_classes
+from pykd.training.config import TrainConfig
+from pykd.training.loop import fit
+from pykd.training.record import add_record, require_finite_weights
+from pykd.training.source import Batch, Loader, check_batch
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def finetune(
+    model: Model,
+    data: DataBundle | Loader,
+    *,
+    epochs: float = 1.0,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    warmup_ratio: float = 0.05,
+    clip_norm: float | None = 1.0,
+    label_smoothing: float = 0.0,
+    autocast: str | None = None,
+    max_steps: int | None = None,
+    seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_steps: int | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+    label: str = "finetune",
+) -> Model:
+    """Train ``model`` on labels by cross entropy, in place; returns it with a record in ``model.pykd_report``.
+
+    Labels are class numbers 0..classes-1; -100 is ignored. The other options are those of :class:`TrainConfig` and
+    :func:`fit`. Raises DataError for labels out of range, ValueError for NaN or infinite weights.
+
+    >>> from torch import nn, randn, randint
+    >>> batches = [{"pixel_values": randn(8, 4), "labels": randint(3, (8,))} for _ in range(5)]
+    >>> finetune(nn.Linear(4, 3), batches, epochs=2, progress=False).pykd_report[-1]["steps"]
+    10
+    """
+    config = TrainConfig(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup_ratio=warmup_ratio,
+        clip_norm=clip_norm,
+        autocast=autocast,
+        seed=seed,
+        max_steps=max_steps,
+        checkpoint_steps=checkpoint_steps,
+    )
+    require_finite_weights(model, "model")
+    classes = num_classes(model)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        check_batch(batch, classes=classes)
+        scores = logits(model, batch)
+        flat = scores.float().flatten(0, -2)
+        return F.cross_entropy(flat, batch["labels"].flatten(), label_smoothing=label_smoothing), {}
+
+    history = fit(
+        model, data, loss_fn, config, checkpoint_dir=checkpoint_dir, resume=resume, progress=progress, label=label
+    )
+    parameters = config.to_dict() | {"label_smoothing": label_smoothing}
+    add_record(model, stage="finetune", method="cross_entropy", parameters=parameters, **history.summary())
+    return model

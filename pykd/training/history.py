@@ -1,0 +1,41 @@
+"""What happened at each step of a run, as plain numbers for plots, reports and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class History:
+    """Curve of one training run.
+
+    records: one dict a step: ``step`` (from 1), ``epoch`` (share of passes done), ``loss``, ``lr``, ``grad_norm`` and
+    what the loss function reported. seconds: time spent in the loop, over all its resumed parts.
+    """
+
+    total_steps: int
+    records: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return len(self.records)
+
+    def curve(self, points: int = 200) -> list[dict[str, float]]:
+        """At most ``points`` records, evenly spaced, the first and the last among them."""
+        if self.steps <= points:
+            return list(self.records)
+        return [self.records[round(i * (self.steps - 1) / (points - 1))] for i in range(points)]
+
+    def summary(self) -> dict[str, Any]:
+        """What a report keeps of the run: steps, seconds, first and last loss, and the thinned curve."""
+        first, last = (self.records[0]["loss"], self.records[-1]["loss"]) if self.records else (None, None)
+        return {
+            "steps": self.steps,
+            "seconds": round(self.seconds, 3),
+            "first_loss": first,
+            "last_loss": last,
+            "curve": self.curve(),
+        }

@@ -1,0 +1,7 @@
+"""The tokenizer of the data tests."""
+
+from __future__ import annotations
+
+from ..data.conftest import tokenizer
+
+__all__ = ["tokenizer"]

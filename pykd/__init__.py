@@ -22,6 +22,7 @@ _LAZY: dict[str, str] = {
     "kd_loss": "pykd.ops.kd_loss",
     "kl_div_loss": "pykd.ops.kd_loss",
     "save_pretrained": "pykd.io.save",
+    "sparse_linear": "pykd.ops.sparse_linear",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -15,7 +15,7 @@ namespace {
 constexpr int kUnit = kWidth == 16 ? 16 : 8;  // columns expanded at once
 constexpr int kParts = kUnit / kWidth;        // vectors in a unit
 constexpr int kUnitBytes = kUnit / 8;
-constexpr int64_t kCellsPerPiece = 1 << 15;  // weights below which waking another thread costs more than it saves
+constexpr int64_t kCellsPerPiece = 1 << 17;  // weights below which waking another thread costs more than it saves
 
 constexpr int kPrefetchLines = 4, kPrefetchBytes = 1024;
 

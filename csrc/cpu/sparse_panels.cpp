@@ -16,7 +16,9 @@
 namespace pykd::PYKD_LEVEL {
 namespace {
 
-constexpr int64_t kEntriesPerPiece = 1 << 13;
+// Waking a thread costs a few microseconds: work below about 30 stays on one.
+constexpr int64_t kElementsPerPiece = 1 << 16;  // elements of x to transpose
+constexpr int64_t kVectorsPerPiece = 1 << 16;   // kept weights x vectors of rows to multiply
 
 struct Pack {
   SparsePanelsHeader header;
@@ -196,35 +198,38 @@ void run_chunks(const SparsePanelsArgs& args, const Pack& pack, int64_t first, i
   }
 }
 
+void fill_tiles(const SparsePanelsArgs& args, const Pack& pack, int64_t first, int64_t last) {
+  const int64_t step = pack.header.tile;
+  int64_t width = 0;
+  for (int64_t row = 0; row < args.rows; row += width) {
+    width = panel_width(args.rows, row);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t end = (tile + 1) * step < args.in_features ? (tile + 1) * step : args.in_features;
+      float* panel = args.scratch + row * pack.panel_columns() + tile * (step + 1) * width;
+      fill_panel(args, row, width, tile * step, end, panel);
+      std::memset(panel + step * width, 0, static_cast<size_t>(width) * sizeof(float));  // where fillers point
+    }
+  }
+}
+
 }  // namespace
 
 // Scratch: the panels, then kPanelChunk + 1 rows of sums a thread (sparse_panels_scratch).
 void sparse_panels(const SparsePanelsArgs& args) {
   const Pack pack(args.pack);
-  const int64_t padded_rows = args.rows + kPanelMaxWidth;
-  float* sums = args.scratch + padded_rows * pack.panel_columns();
-  parallel_for(pack.tiles, kEntriesPerPiece / (args.rows * pack.header.tile) + 1, args.threads,
-               [&](int64_t first, int64_t last, int) {
-                 int64_t width = 0;
-                 for (int64_t row = 0; row < args.rows; row += width) {
-                   width = panel_width(args.rows, row);
-                   for (int64_t tile = first; tile < last; ++tile) {
-                     const int64_t column0 = tile * pack.header.tile;
-                     const int64_t end = column0 + pack.header.tile;
-                     const int64_t column1 = end < args.in_features ? end : args.in_features;
-                     float* panel = args.scratch + row * pack.panel_columns() + tile * (pack.header.tile + 1) * width;
-                     fill_panel(args, row, width, column0, column1, panel);
-                     std::memset(panel + pack.header.tile * width, 0, static_cast<size_t>(width) * sizeof(float));
-                   }
-                 }
-               });
-  const int64_t begin = pack.offset(0, 0);
-  const int64_t total = pack.offset(pack.chunks, 0) - begin;
-  const int64_t pieces = pack.chunks < args.threads ? pack.chunks : args.threads;
+  parallel_for(pack.tiles, kElementsPerPiece / (args.rows * pack.header.tile) + 1, args.threads,
+               [&](int64_t first, int64_t last, int) { fill_tiles(args, pack, first, last); });
+
   // A thread takes the chunks whose streams begin in its share of the bytes, so that threads have equal work whatever
   // the rows hold, and any number of threads can run a pack.
-  parallel_for(total > kEntriesPerPiece ? pieces : 1, 1, args.threads, [&](int64_t first, int64_t last, int thread) {
-    const int64_t shares = total > kEntriesPerPiece ? pieces : 1;
+  const int64_t vectors = (args.rows + kWidth - 1) / kWidth;
+  int64_t shares = pack.header.nnz * vectors / kVectorsPerPiece + 1;
+  if (shares > args.threads) shares = args.threads;
+  if (shares > pack.chunks) shares = pack.chunks;
+  const int64_t begin = pack.offset(0, 0);
+  const int64_t total = pack.offset(pack.chunks, 0) - begin;
+  float* sums = args.scratch + (args.rows + kPanelMaxWidth) * pack.panel_columns();
+  parallel_for(shares, 1, args.threads, [&](int64_t first, int64_t last, int thread) {
     int64_t chunk = 0;
     while (chunk < pack.chunks && pack.offset(chunk, 0) - begin < total * first / shares) ++chunk;
     int64_t end = chunk;

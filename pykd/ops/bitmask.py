@@ -33,15 +33,15 @@ class PackedSparse(NamedTuple):
         return self.values.numel() / cells if cells else 0.0
 
 
-def bitmask_pack(mask: Tensor) -> Tensor:
+def pack_bits(mask: Tensor) -> Tensor:
     """The bits of a boolean matrix [out, in], eight columns a byte, least significant first: uint8 [out, ceil(in / 8)].
 
-    >>> bitmask_pack(torch.tensor([[True, False, True, False, False, False, False, False, True]]))
+    >>> pack_bits(torch.tensor([[True, False, True, False, False, False, False, False, True]]))
     tensor([[5, 1]], dtype=torch.uint8)
     """
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise ValueError(
-            f"bitmask_pack packs a boolean matrix [out, in]; got {mask.dtype} of shape {tuple(mask.shape)}"
+            f"pack_bits packs a boolean matrix [out, in]; got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     rows, columns = mask.shape
     padded = torch.zeros(rows, (columns + 7) // 8 * 8, dtype=torch.uint8, device=mask.device)
@@ -49,8 +49,8 @@ def bitmask_pack(mask: Tensor) -> Tensor:
     return (padded.view(rows, padded.shape[1] // 8, 8) << _shifts(mask.device)).sum(-1, dtype=torch.uint8)
 
 
-def bitmask_unpack(bitmask: Tensor, in_features: int) -> Tensor:
-    """Inverse of `bitmask_pack`: the boolean matrix [out, in_features]."""
+def unpack_bits(bitmask: Tensor, in_features: int) -> Tensor:
+    """Inverse of `pack_bits`: the boolean matrix [out, in_features]."""
     bits = (bitmask.unsqueeze(-1) >> _shifts(bitmask.device)) & 1
     return bits.view(bitmask.shape[0], bitmask.shape[1] * 8)[:, :in_features].bool()
 
@@ -71,7 +71,7 @@ def bitmask_offsets(bitmask: Tensor, in_features: int) -> Tensor:
         offsets = torch.empty(bitmask.shape[0] + 1, dtype=torch.int64)
         row = native.bitmask_offsets(bitmask.data_ptr(), in_features, bitmask.shape[0], offsets.data_ptr())
     else:
-        counts = bitmask_unpack(bitmask, in_features).sum(1)
+        counts = unpack_bits(bitmask, in_features).sum(1)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         extra = (bitmask[:, -1:].int() >> ((in_features - 1) % 8 + 1)).any(1) if in_features else counts > 0
         row = int(extra.int().argmax()) if bool(extra.any()) else -1
@@ -99,13 +99,13 @@ def check_packed(packed: PackedSparse) -> Tensor:
 
 def bitmask_expand_reference(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     """The dense matrix in plain torch: zeros, with the values scattered in row-major order to where bits are set."""
-    mask = bitmask_unpack(bitmask, in_features)
+    mask = unpack_bits(bitmask, in_features)
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def bitmask_gather_reference(dense: Tensor, bitmask: Tensor) -> Tensor:
     """The kept elements of a dense matrix in plain torch."""
-    return dense[bitmask_unpack(bitmask, dense.shape[1])]
+    return dense[unpack_bits(bitmask, dense.shape[1])]
 
 
 def bitmask_expand(packed: PackedSparse) -> Tensor:

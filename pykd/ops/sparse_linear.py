@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .bitmask import PackedSparse, bitmask_expand, bitmask_expand_reference, bitmask_gather, check_packed
 from .dispatch import DTYPE_CODES, TABLE, Route, dtype_code, lib, native, num_threads
@@ -52,8 +52,21 @@ def sparse_linear(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -
     if torch.is_grad_enabled() and packed.values.requires_grad:
         _check(x, packed.values, packed.bitmask, packed.in_features, bias)
         return F.linear(x, bitmask_expand(packed).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if _eager(x) and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        return _sparse_linear_cpu(x, packed.values, packed.bitmask, packed.in_features, bias)
     result: Tensor = torch.ops.pykd.sparse_linear(x, packed.values, packed.bitmask, packed.in_features, bias)
     return result
+
+
+def _eager(x: Tensor) -> bool:
+    """Whether a call may skip torch's dispatcher (microseconds): a plain CPU tensor, not traced or transformed."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _check(x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None) -> None:
@@ -75,14 +88,16 @@ class _Layout(NamedTuple):
     """What the CPU routes read, made from a packed weight, and what it was made from."""
 
     version: tuple[int, ...]
+    source: weakref.ref[Tensor]  # the values it was made from
     packed: PackedSparse  # detached, contiguous
+    density: float
     offsets: Tensor  # int64 [out + 1]
     tail: Tensor  # the values from row `tail_row` on, with _READ_AHEAD zeros after them
     tail_row: int
     made: dict[object, Tensor]  # "panels": the pack, a dtype: the dense weight; each once a call has needed it
 
 
-_layouts = WeakIdKeyDictionary()  # values -> _Layout
+_layouts: dict[int, _Layout] = {}  # id of the values -> layout; an entry goes when its values go
 
 _READ_AHEAD = 16  # the kernels load up to 16 values at once, wherever the last ones they need are
 _TILE = 128  # columns of x in an L1 tile: 128 x 32 rows x 4 bytes = 16 KB at 8 lanes, 32 KB at 16
@@ -115,23 +130,27 @@ def _version(tensor: Tensor) -> int:
 def _layout(packed: PackedSparse) -> _Layout:
     bitmask, values, _ = packed
     version = (_version(values), values.data_ptr(), _version(bitmask), bitmask.data_ptr(), values.numel())
-    layout: _Layout | None = _layouts.get(values)  # type: ignore[no-untyped-call]
-    if layout is None or layout.version != version:
-        layout = _make_layout(packed, version)
-        _layouts[values] = layout
+    layout = _layouts.get(id(values))
+    if layout is None or layout.version != version or layout.source() is not values:
+        layout = _layouts[id(values)] = _make_layout(packed, version)
     return layout
 
 
 def _make_layout(packed: PackedSparse, version: tuple[int, ...]) -> _Layout:
     offsets = check_packed(packed)
+    key = id(packed.values)
+
+    def forget(gone: weakref.ref[Tensor]) -> None:
+        if key in _layouts and _layouts[key].source is gone:
+            del _layouts[key]
+
     values = packed.values.detach().contiguous()
+    values = values.view_as(values)  # another object than `packed.values`, which the layout must not keep alive
     near_the_end = offsets[1:] + _READ_AHEAD > values.numel()
     tail_row = int(near_the_end.int().argmax()) if bool(near_the_end.any()) else packed.out_features
     tail = F.pad(values[int(offsets[tail_row]) :], (0, _READ_AHEAD))
     own = PackedSparse(packed.bitmask.contiguous(), values, packed.in_features)
-    # Not `packed.values` itself: a value that refers to its weak key would keep it alive for ever.
-    own = own._replace(values=values.view_as(values))
-    return _Layout(version, own, offsets, tail, tail_row, {})
+    return _Layout(version, weakref.ref(packed.values, forget), own, own.density, offsets, tail, tail_row, {})
 
 
 def _panels(layout: _Layout) -> Tensor:
@@ -154,16 +173,15 @@ def _sparse_linear_cpu(
     layout = _layout(PackedSparse(bitmask, values, in_features))
     out_features = bitmask.shape[0]
     rows = x.shape[:-1].numel()
-    chosen = route(layout.packed.density, rows)
+    chosen = route(layout.density, rows)
     if chosen == "reference" or 0 in (rows, in_features, out_features):
         return sparse_linear_reference(x, layout.packed, bias)
     if chosen == "dense":
         return _run_dense(x, layout, bias)
-    flat = x.detach().reshape(rows, in_features).float()
-    bias32 = None if bias is None else bias.detach().float().contiguous()
     y = torch.empty(*x.shape[:-1], out_features)
-    (_run_expand if chosen == "expand" else _run_panels)(flat, layout, bias32, y)
-    return y.to(x.dtype)
+    run = _run_expand if chosen == "expand" else _run_panels
+    run(_float32(x.reshape(rows, in_features)), layout, None if bias is None else _float32(bias), y)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def _run_dense(x: Tensor, layout: _Layout, bias: Tensor | None) -> Tensor:
@@ -172,13 +190,17 @@ def _run_dense(x: Tensor, layout: _Layout, bias: Tensor | None) -> Tensor:
     return F.linear(x, layout.made[x.dtype], None if bias is None else bias.to(x.dtype))
 
 
+def _float32(tensor: Tensor) -> Tensor:
+    return (tensor if tensor.dtype is torch.float32 else tensor.float()).contiguous()
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def _run_expand(x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> None:
     rows, in_features = x.shape
-    x = F.pad(x, (0, -in_features % 16)) if in_features % 16 else x.contiguous()
+    x = F.pad(x, (0, -in_features % 16)) if in_features % 16 else x
     bitmask, values, _ = layout.packed
     native.sparse_linear(
         x.data_ptr(), bitmask.data_ptr(), values.data_ptr(), layout.offsets.data_ptr(), layout.tail.data_ptr(),
@@ -189,7 +211,7 @@ def _run_expand(x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> N
 
 def _run_panels(x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> None:
     rows, in_features = x.shape
-    x, pack, threads = x.contiguous(), _panels(layout), num_threads()
+    pack, threads = _panels(layout), num_threads()
     scratch = torch.empty(native.sparse_panels_scratch(rows, in_features, _TILE, threads))
     native.sparse_panels(
         x.data_ptr(), pack.data_ptr(), _address(bias), scratch.data_ptr(), y.data_ptr(), rows, in_features,

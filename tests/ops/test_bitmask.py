@@ -13,8 +13,8 @@ from pykd.ops.bitmask import (
     bitmask_gather,
     bitmask_gather_reference,
     bitmask_offsets,
-    bitmask_pack,
-    bitmask_unpack,
+    pack_bits,
+    unpack_bits,
     check_packed,
 )
 
@@ -23,16 +23,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
 def random_packed(out: int, columns: int, density: float, dtype: torch.dtype = torch.float32) -> PackedSparse:
     mask = torch.rand(out, columns) < density
-    return PackedSparse(bitmask_pack(mask), (torch.randn(int(mask.sum())) * 8).to(dtype), columns)
+    return PackedSparse(pack_bits(mask), (torch.randn(int(mask.sum())) * 8).to(dtype), columns)
 
 
 @given(rows=st.integers(0, 9), columns=st.integers(0, 40), seed=st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_pack_and_unpack_are_inverse(rows: int, columns: int, seed: int) -> None:
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
-    bits = bitmask_pack(mask)
+    bits = pack_bits(mask)
     assert bits.shape == (rows, (columns + 7) // 8) and bits.dtype == torch.uint8
-    assert torch.equal(bitmask_unpack(bits, columns), mask)
+    assert torch.equal(unpack_bits(bits, columns), mask)
     offsets = bitmask_offsets(bits, columns)
     assert torch.equal(offsets[1:] - offsets[:-1], mask.sum(1))
 
@@ -40,7 +40,7 @@ def test_pack_and_unpack_are_inverse(rows: int, columns: int, seed: int) -> None
 def test_least_significant_bit_is_the_first_column() -> None:
     mask = torch.zeros(1, 10, dtype=torch.bool)
     mask[0, [0, 3, 9]] = True
-    assert bitmask_pack(mask).tolist() == [[0b1001, 0b10]]
+    assert pack_bits(mask).tolist() == [[0b1001, 0b10]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,7 +63,7 @@ def test_special_values_and_strided_input_survive(isa: str) -> None:
     values = torch.tensor([float("nan"), -0.0, float("inf"), 0.0, 1e-42, -3.0])
     mask = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 1]], dtype=torch.bool)
     strided = torch.stack([values, -values], 1)[:, 0]
-    packed = PackedSparse(bitmask_pack(mask), strided, 4)
+    packed = PackedSparse(pack_bits(mask), strided, 4)
     dense = bitmask_expand(packed)
     assert torch.equal(dense[mask].view(torch.int32), values.view(torch.int32))
     assert torch.equal(dense[~mask].view(torch.int32), torch.zeros(2, dtype=torch.int32))
@@ -77,7 +77,7 @@ def test_gradients(isa: str) -> None:
     upstream = torch.randn(5, 13)
     bitmask_expand(packed).backward(upstream)
     assert values.grad is not None
-    assert torch.equal(values.grad, upstream[bitmask_unpack(packed.bitmask, 13)])
+    assert torch.equal(values.grad, upstream[unpack_bits(packed.bitmask, 13)])
     double = values.detach().double().requires_grad_()
     assert torch.autograd.gradcheck(lambda v: bitmask_expand(PackedSparse(packed.bitmask, v, 13)), double)
     dense = torch.randn(5, 13, dtype=torch.float64, requires_grad=True)
@@ -122,4 +122,4 @@ def test_corruption_is_refused(path: str, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="matrix with the bitmask's 4 rows"):
         bitmask_gather(torch.randn(5, 11), packed.bitmask, 3)
     with pytest.raises(ValueError, match="packs a boolean matrix"):
-        bitmask_pack(torch.ones(2, 2))
+        pack_bits(torch.ones(2, 2))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from pykd.ops import sparse_linear as op
-from pykd.ops.bitmask import PackedSparse, bitmask_expand, bitmask_pack
+from pykd.ops.bitmask import PackedSparse, bitmask_expand, pack_bits
 from pykd.ops.dispatch import build_info, native
 from pykd.ops.sparse_linear import route, sparse_linear, sparse_linear_reference
 
@@ -28,7 +28,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 def random_packed(out: int, columns: int, density: float, dtype: torch.dtype = torch.float32) -> PackedSparse:
     mask = torch.rand(out, columns) < density
-    return PackedSparse(bitmask_pack(mask), torch.randn(int(mask.sum())).to(dtype), columns)
+    return PackedSparse(pack_bits(mask), torch.randn(int(mask.sum())).to(dtype), columns)
 
 
 def assert_as_good_as_torch(y: Tensor, x: Tensor, packed: PackedSparse, bias: Tensor | None) -> None:
@@ -77,7 +77,7 @@ def test_patterns(isa: str, chosen: str, pattern: str) -> None:
         mask = torch.ones(150, 300).tril(3).triu(-3).bool()
     else:
         mask[75:] = torch.rand(75, 300) < 0.3
-    packed = PackedSparse(bitmask_pack(mask), torch.randn(int(mask.sum())), 300)
+    packed = PackedSparse(pack_bits(mask), torch.randn(int(mask.sum())), 300)
     for rows in (1, 20):
         x = torch.randn(rows, 300)
         assert_as_good_as_torch(sparse_linear(x, packed), x, packed, None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pykd.ops.bitmask import PackedSparse, bitmask_expand, bitmask_pack, bitmask_unpack, check_packed
+from pykd.ops.bitmask import PackedSparse, bitmask_expand, check_packed, pack_bits, unpack_bits
 
-__all__ = ["bitmask_pack", "bitmask_unpack", "pack", "packed_bytes", "unpack"]
+__all__ = ["pack", "pack_bits", "packed_bytes", "unpack", "unpack_bits"]
 
 
 def pack(weight: Tensor, mask: Tensor | None = None) -> PackedSparse:
@@ -32,7 +32,7 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> PackedSparse:
             f"the mask has to be boolean with the weight's shape {tuple(weight.shape)}; "
             f"got {kept.dtype} of shape {tuple(kept.shape)}"
         )
-    return PackedSparse(bitmask_pack(kept), weight[kept], weight.shape[1])
+    return PackedSparse(pack_bits(kept), weight[kept], weight.shape[1])
 
 
 def unpack(packed: PackedSparse) -> Tensor:

@@ -1,0 +1,137 @@
+"""Linear layers whose pruned weights are gone: in the file, in memory and in the arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from pykd.nn.codecs.bitmask import pack
+from pykd.nn.compressed import CompressedModule
+from pykd.ops.bitmask import PackedSparse, bitmask_expand, check_packed, unpack_bits
+from pykd.ops.sparse_linear import sparse_linear
+
+
+class SparseWeight(CompressedModule):
+    """A matrix [rows, columns] as `bitmask` and `values` (`pykd.ops.bitmask`), trainable in its kept weights only.
+
+    `values` is the parameter, so no optimizer, weight decay or momentum can revive a pruned weight.
+    """
+
+    bitmask: Tensor
+    values: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, rows: int, columns: int, nnz: int, bias: bool, dtype: torch.dtype, device: Any) -> None:
+        super().__init__(dtype)
+        self.columns = columns
+        self.register_buffer("bitmask", torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=device))
+        self.values = nn.Parameter(torch.zeros(nnz, dtype=dtype, device=device))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(rows, dtype=dtype, device=device)) if bias else None)
+
+    def _take(self, weight: Tensor, matrix: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
+        """Fill the skeleton from a dense parameter seen as a matrix; the bias is shared, the values are a copy."""
+        packed = pack(matrix.detach(), mask)
+        self.bitmask = packed.bitmask
+        self.values = nn.Parameter(packed.values, requires_grad=weight.requires_grad)
+        self.bias = bias  # type: ignore[assignment]
+        self.finalize()
+
+    @property
+    def packed(self) -> PackedSparse:
+        """The weight as the ops take it."""
+        return PackedSparse(self.bitmask, self.values, self.columns)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [rows, columns], True where a weight is kept."""
+        return unpack_bits(self.bitmask, self.columns)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that is pruned, in [0, 1]."""
+        return 1.0 - self.packed.density
+
+    def _pack(self) -> None:
+        # The layouts of the kernels belong to the op, which follows edits of `values`; here only damage is refused.
+        check_packed(self.packed)
+
+
+class SparseLinear(SparseWeight):
+    """`nn.Linear` that stores and multiplies only the weights that were not pruned.
+
+    Memory and file: ``out * ceil(in / 8)`` bytes of bitmask and one value per kept weight. While `values` needs a
+    gradient the forward pass makes the weight dense; otherwise it runs the kernels of
+    `pykd.ops.sparse_linear.sparse_linear`, which also documents infinities, NaN and dtypes.
+
+    >>> linear = nn.Linear(8, 4)
+    >>> _ = nn.init.zeros_(linear.weight[:, ::2].detach())
+    >>> layer = SparseLinear.from_linear(linear)
+    >>> layer
+    SparseLinear(in_features=8, out_features=4, bias=True, sparsity=0.500)
+    >>> torch.allclose(layer(torch.ones(1, 8)), linear(torch.ones(1, 8)))
+    True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nnz: int,
+        *,
+        bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """An empty layer with room for `nnz` values; `from_linear` is the usual way."""
+        super().__init__(out_features, in_features, nnz, bias, dtype, device)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, mask: Tensor | None = None) -> Self:
+        """The layer without the weights that `mask` prunes (boolean [out, in], True = kept; default: weight != 0).
+
+        Raises:
+            ValueError: the mask is not boolean or not of the weight's shape.
+        """
+        dtype, device = linear.weight.dtype, linear.weight.device
+        layer = cls(linear.in_features, linear.out_features, 0, bias=False, dtype=dtype, device=device)
+        layer._take(linear.weight, linear.weight, mask, linear.bias)
+        return layer.train(linear.training)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "type": "SparseLinear",
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "nnz": self.values.numel(),
+            "bias": self.bias is not None,
+            "dtype": str(self.values.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
+        options: dict[str, Any] = {"bias": spec["bias"], "dtype": getattr(torch, spec["dtype"]), "device": device}
+        return cls(spec["in_features"], spec["out_features"], spec["nnz"], **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse_linear(x, self.packed, self.bias)
+
+    def dequantize(self) -> Tensor:
+        return bitmask_expand(self.packed)
+
+    def to_dense(self) -> nn.Linear:
+        return self.to_linear()
+
+    def to_linear(self) -> nn.Linear:
+        """The ordinary layer with zeros where weights were pruned; shares the bias."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.values.dtype)
+        dense.weight = nn.Parameter(self.dequantize().detach(), requires_grad=self.values.requires_grad)
+        dense.bias = self.bias  # type: ignore[assignment]
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, sparsity={self.sparsity:.3f}"

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pykd.nn import COMPRESSED, SparseLinear
+
+
+def pruned(out: int = 24, columns: int = 37, density: float = 0.3, **options: object) -> tuple[nn.Linear, SparseLinear]:
+    """A dense layer with zeros and the sparse layer made from it."""
+    linear = nn.Linear(columns, out, **options)  # type: ignore[arg-type]
+    mask = torch.rand(out, columns) < density
+    with torch.no_grad():
+        linear.weight.mul_(mask)
+    return linear, SparseLinear.from_linear(linear)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_computes_what_the_dense_layer_computes(dtype: torch.dtype, bias: bool) -> None:
+    linear, layer = pruned(bias=bias, dtype=dtype)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 37, dtype=dtype)
+        torch.testing.assert_close(layer(x), linear(x), **tolerance)
+    assert torch.equal(layer.weight, linear.weight) and torch.equal(layer.to_linear().weight, linear.weight)
+    assert layer.to_dense().bias is layer.bias
+    assert layer.sparsity == pytest.approx(float((linear.weight == 0).float().mean()))
+    assert torch.equal(layer.mask, linear.weight != 0)
+
+
+def test_training_moves_the_kept_weights_only_and_inference_follows() -> None:
+    linear, layer = pruned()
+    mask = layer.mask
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    x = torch.randn(8, 37)
+    for _ in range(3):
+        with torch.no_grad():
+            before = layer(x)  # makes the kernel's layout
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = layer(x)
+            assert not torch.allclose(before, after)
+            torch.testing.assert_close(after, F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer.mask, mask)
+    assert bool((layer.weight[~mask] == 0).all())
+    assert not torch.equal(layer.weight[mask], linear.weight[mask])
+
+
+def test_an_explicit_mask_keeps_zeros_trainable() -> None:
+    linear = nn.Linear(6, 4)
+    nn.init.zeros_(linear.weight)
+    mask = torch.rand(4, 6) < 0.5
+    layer = SparseLinear.from_linear(linear, mask=mask)
+    assert layer.values.numel() == int(mask.sum()) and torch.equal(layer.mask, mask)
+    layer(torch.randn(2, 6)).sum().backward()
+    assert layer.values.grad is not None and layer.values.grad.shape == layer.values.shape
+
+
+def test_state_dict_spec_and_copies() -> None:
+    _, layer = pruned()
+    x = torch.randn(3, 37)
+    with torch.no_grad():
+        want = layer(x)
+        assert set(layer.state_dict()) == {"bitmask", "values", "bias"}
+        rebuilt = COMPRESSED[layer.spec()["type"]].from_spec(layer.spec())
+        rebuilt.load_state_dict(layer.state_dict())
+        file = io.BytesIO()
+        pickle.dump(layer, file)
+        for other in (rebuilt, copy.deepcopy(layer), pickle.loads(file.getvalue())):
+            assert torch.equal(other(x), want)
+        empty = SparseLinear.from_spec(layer.spec(), device="meta")
+        assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == {
+            k: (v.shape, v.dtype) for k, v in layer.state_dict().items()
+        }
+        empty.load_state_dict(layer.state_dict(), assign=True)
+        assert torch.equal(empty(x), want)
+        other = copy.deepcopy(layer)
+        other.values.mul_(2)
+        assert torch.equal(layer(x), want)
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert half.values.dtype == half.dtype == torch.bfloat16 and half.bitmask.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("columns", [0, 1, 8])
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_degenerate_matrices(columns: int, density: float) -> None:
+    mask = torch.full((5, columns), bool(density))
+    linear = nn.Linear(columns, 5) if columns else nn.Linear(1, 5)
+    if not columns:
+        linear.weight, linear.in_features = nn.Parameter(torch.zeros(5, 0)), 0
+    layer = SparseLinear.from_linear(linear, mask=mask)
+    x = torch.randn(2, columns)
+    want = F.linear(x, linear.weight * mask, linear.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_compiles_and_exports() -> None:
+    _, layer = pruned()
+    layer.requires_grad_(False)
+    x = torch.randn(4, 37)
+    want = layer(x)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), want)
+    exported = torch.export.export(layer, (x,))
+    torch.testing.assert_close(exported.module()(x), want)
+    assert any(node.target == torch.ops.pykd.sparse_linear.default for node in exported.graph.nodes)
+
+
+def test_a_compiled_layer_follows_training() -> None:
+    _, layer = pruned()
+    x = torch.randn(4, 37)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(x)
+    compiled(x).sum().backward()
+    with torch.no_grad():
+        layer.values.sub_(layer.values.grad)
+        torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_damage_is_refused() -> None:
+    _, layer = pruned()
+    damaged = layer.state_dict()
+    damaged["bitmask"] = damaged["bitmask"].clone()
+    damaged["bitmask"][0, 0] ^= 1
+    with pytest.raises(ValueError, match="corrupt packed weight: the bitmask keeps"):
+        copy.deepcopy(layer).load_state_dict(damaged)
+    with pytest.raises(ValueError, match="mask has to be boolean"):
+        SparseLinear.from_linear(nn.Linear(3, 2), mask=torch.ones(2, 3))

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _LAZY: dict[str, str] = {
     "build_info": "pykd.ops.dispatch",
     "compare": "pykd.evaluation",
+    "distill": "pykd.distillation",
     "evaluate": "pykd.evaluation",
     "finetune": "pykd.training.finetune",
     "from_pretrained": "pykd.io.load",

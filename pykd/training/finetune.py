@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from pykd.data.bundle import DataBundle
 from pykd.models.adapter import logits, num_classes
 from pykd.training.config import TrainConfig
+from pykd.training.labels import IGNORED, check_batch, predicts_next
 from pykd.training.loop import fit
 from pykd.training.record import add_record, require_finite_weights
-from pykd.training.source import Batch, Loader, check_batch
+from pykd.training.source import Batch, Loader
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,7 +41,8 @@ def finetune(
 ) -> Model:
     """Train ``model`` on labels by cross entropy, in place; returns it with a record in ``model.pykd_report``.
 
-    Labels are class numbers 0..classes-1; -100 is ignored. The other options are those of :class:`TrainConfig` and
+    Labels are class numbers 0..classes-1, one a row or one a position; -100 is ignored. Causal language models (their
+    logits of position i) are scored against label i + 1. The other options are those of :class:`TrainConfig` and
     :func:`fit`. Raises DataError for labels out of range, ValueError for NaN or infinite weights.
 
     >>> from torch import nn, randn, randint
@@ -65,13 +67,25 @@ def finetune(
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         check_batch(batch, classes=classes)
-        scores = logits(model, batch)
+        scores, labels = logits(model, batch), batch["labels"]
+        if predicts_next(model):
+            scores, labels = scores[:, :-1], labels[:, 1:]
         flat = scores.float().flatten(0, -2)
-        return F.cross_entropy(flat, batch["labels"].flatten(), label_smoothing=label_smoothing), {}
+        loss = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
+        return loss, {}
 
+    settings = {"label_smoothing": label_smoothing}
     history = fit(
-        model, data, loss_fn, config, checkpoint_dir=checkpoint_dir, resume=resume, progress=progress, label=label
+        model,
+        data,
+        loss_fn,
+        config,
+        settings=settings,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
+        progress=progress,
+        label=label,
     )
-    parameters = config.to_dict() | {"label_smoothing": label_smoothing}
+    parameters = config.to_dict() | settings
     add_record(model, stage="finetune", method="cross_entropy", parameters=parameters, **history.summary())
     return model

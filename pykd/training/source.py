@@ -78,26 +78,6 @@ class Source:
         return iterator
 
 
-def check_batch(batch: Any, *, classes: int | None = None) -> None:
-    """Raise DataError for a batch without labels, or with labels outside 0..classes-1 (-100 is ignored)."""
-    if not isinstance(batch, dict) or not isinstance(batch.get("labels"), Tensor):
-        raise DataError("a batch must be a dict of tensors with 'labels', got " + _describe(batch))
-    labels = batch["labels"]
-    if labels.is_floating_point():
-        raise DataError(f"labels must be whole numbers, got {labels.dtype}")
-    if classes is not None:
-        wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
-        if wrong.numel():
-            raise DataError(
-                f"label {int(wrong[0])} is out of range: the model has {classes} classes (0..{classes - 1}); "
-                "check the label column or build the model with more classes"
-            )
-
-
-def _describe(batch: Any) -> str:
-    return f"a dict with {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
-
-
 def batch_to_float(values: dict[str, Any]) -> dict[str, float]:
     """Metrics of a step as plain floats: tensors of one element are read once, here."""
     return {name: float(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in values.items()}

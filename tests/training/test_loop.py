@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from pykd.data.bundle import DataBundle, stack
 from pykd.errors import ArtifactError, DataError, TrainingError
 from pykd.training import TrainConfig, fit
-from pykd.training.source import Source, check_batch
+from pykd.training.labels import check_batch
+from pykd.training.source import Source
 
 SCRIPT = Path(__file__).parent / "killed.py"
 
@@ -265,11 +266,11 @@ def test_data_that_cannot_be_trained_on() -> None:
 
 def test_batches_that_cannot_be_trained_on() -> None:
     with pytest.raises(DataError, match="a dict of tensors with 'labels', got list"):
-        check_batch([1])
+        check_batch([1], classes=3)
     with pytest.raises(DataError, match=r"with 'labels', got a dict with \['x'\]"):
-        check_batch({"x": torch.zeros(1)})
+        check_batch({"x": torch.zeros(1)}, classes=3)
     with pytest.raises(DataError, match=r"labels must be whole numbers, got torch\.float32"):
-        check_batch({"labels": torch.zeros(2)})
+        check_batch({"labels": torch.zeros(2)}, classes=3)
     with pytest.raises(DataError, match=r"label 3 is out of range: the model has 3 classes \(0..2\)"):
         check_batch({"labels": torch.tensor([0, 3])}, classes=3)
     with pytest.raises(DataError, match="label -1 is out of range"):

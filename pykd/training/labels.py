@@ -1,0 +1,35 @@
+"""What a batch's labels must be, and how a model's positions line up with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pykd.errors import DataError
+
+#: Labels with this number count nowhere.
+IGNORED = -100
+#: Classes of Hugging Face models whose position i predicts token i + 1 end in one of these.
+CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """True for causal language models: the logits of a position belong to the label of the next one."""
+    return type(model).__name__.endswith(CAUSAL)
+
+
+def check_batch(batch: Any, *, classes: int) -> None:
+    """Raise DataError for a batch without labels, or with labels outside 0..classes-1 (-100 is ignored)."""
+    if not isinstance(batch, dict) or not isinstance(batch.get("labels"), Tensor):
+        found = f"a dict with {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
+        raise DataError(f"a batch must be a dict of tensors with 'labels', got {found}")
+    labels = batch["labels"]
+    if labels.is_floating_point():
+        raise DataError(f"labels must be whole numbers, got {labels.dtype}")
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
+    if wrong.numel():
+        raise DataError(
+            f"label {int(wrong[0])} is out of range: the model has {classes} classes (0..{classes - 1}); "
+            "check the label column or build the model with more classes"
+        )

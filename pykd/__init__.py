@@ -22,6 +22,7 @@ _LAZY: dict[str, str] = {
     "from_pretrained": "pykd.io.load",
     "kd_loss": "pykd.ops.kd_loss",
     "kl_div_loss": "pykd.ops.kd_loss",
+    "prune": "pykd.pruning",
     "save_pretrained": "pykd.io.save",
     "sparse_linear": "pykd.ops.sparse_linear",
 }

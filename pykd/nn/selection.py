@@ -1,0 +1,130 @@
+"""Which layers a verb may touch: by type, by name patterns, and never those whose weight something else reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from pykd.nn.sparse_conv import SparseConv2d
+from pykd.nn.sparse_linear import SparseLinear
+
+#: Layers with a weight matrix that pruning and quantization can replace, dense or already sparse.
+LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, SparseLinear)
+CONVOLUTION: tuple[type[nn.Module], ...] = (nn.Conv2d, SparseConv2d)
+
+
+@dataclass
+class Selection:
+    """Layers to work on by name, and why others were left out."""
+
+    chosen: dict[str, nn.Module] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def select_layers(
+    model: nn.Module,
+    kinds: Collection[type[nn.Module]],
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Selection:
+    """Layers of exactly these classes whose names the patterns admit.
+
+    include: shell patterns of layer names, or names of modules that contain layers; None takes every layer but the
+    output heads. exclude: patterns that always win. A layer stays out, and is named with the reason, when its weight is
+    shared with another module, when nn.MultiheadAttention reads it directly, or when it is the model itself.
+    Raises ValueError for a pattern that matches no layer, and when nothing is left.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> select_layers(model, LINEAR)
+    Selection(chosen={'0': Linear(in_features=4, out_features=4, bias=True)}, skipped={'2': 'output head'})
+    """
+    layers: dict[str, nn.Module] = {
+        n: module for n, module in model.named_modules() if isinstance(module, tuple(kinds))
+    }
+    for pattern in (*(include or ()), *(exclude or ())):
+        _require_match(pattern, layers)
+    heads, unsafe = output_heads(model), _unsafe(model, layers, kinds)
+    selection = Selection()
+    for name, module in layers.items():
+        excluding = next((pattern for pattern in exclude or () if matches(name, pattern)), None)
+        if include is not None and not any(matches(name, pattern) for pattern in include):
+            continue
+        if excluding is not None:
+            selection.skipped[name] = f"excluded by {excluding!r}"
+        elif name in unsafe:
+            selection.skipped[name] = unsafe[name]
+        elif include is None and module in heads:
+            selection.skipped[name] = "output head"
+        else:
+            selection.chosen[name] = module
+    if not selection.chosen:
+        kind = " or ".join(sorted(cls.__name__ for cls in kinds))
+        left_out = "; ".join(f"{name}: {why}" for name, why in list(selection.skipped.items())[:3])
+        raise ValueError(f"no {kind} layer of {type(model).__name__} is left to work on ({left_out or 'it has none'})")
+    return selection
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a layer has this name, fits this shell pattern, or lies in the module of this name."""
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """Layers that make the model's outputs: what a Hugging Face model has beside its base, else the last linear layer
+    (the last convolution of a network without linear layers)."""
+    base = getattr(model, "base_model", None)
+    heads: set[nn.Module] = set()
+    if isinstance(base, nn.Module):
+        inside = set(base.modules())
+        if base is not model:
+            heads = {module for module in model.modules() if module not in inside}
+        find: Any = getattr(model, "get_output_embeddings", None)
+        embeddings = find() if find is not None else None
+        return heads | ({embeddings} if isinstance(embeddings, nn.Module) else set())
+    for kind in (LINEAR, CONVOLUTION):
+        found = [module for module in model.modules() if isinstance(module, kind)]
+        if found:
+            return {found[-1]}
+    return heads
+
+
+def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever the model holds ``old``, under every name it has."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _unsafe(model: nn.Module, layers: dict[str, nn.Module], kinds: Collection[type[nn.Module]]) -> dict[str, str]:
+    owners: dict[int, list[nn.Module]] = {}
+    names = {module: name for name, module in model.named_modules()}
+    for module in names:
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    read = {child for module in names if isinstance(module, nn.MultiheadAttention) for child in module.children()}
+    reasons: dict[str, str] = {}
+    for name, module in layers.items():
+        others = [o for p in module.parameters(recurse=False) for o in owners[id(p)] if o is not module]
+        if name == "":
+            reasons[name] = "is the model itself, which cannot be replaced in place"
+        elif module in read:
+            reasons[name] = "nn.MultiheadAttention reads its weight directly"
+        elif others:
+            reasons[name] = f"shares its weight with {names[others[0]]!r}"
+        elif type(module) not in kinds:
+            reasons[name] = f"is a {type(module).__name__}, which may compute something else"
+    return reasons
+
+
+def _require_match(pattern: str, layers: dict[str, nn.Module]) -> None:
+    if any(matches(name, pattern) for name in layers):
+        return
+    near = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.4) or list(layers)[:3]
+    raise ValueError(f"pattern {pattern!r} matches no layer; layers are named like {', '.join(map(repr, near)) or '-'}")

@@ -136,5 +136,30 @@ PYBIND11_MODULE(_C, m) {
         py::arg("label_smoothing"), py::arg("threads"),
         "Distillation losses and gradient of rows of logits; returns -1 or the first row with a label out of range.");
   bind_sparse(m);
+  m.attr("linear_4bit_rows") = pykd::kLinear4bitRows;
+  m.def(
+      "linear_4bit",
+      [](uintptr_t x, int64_t x_stride, uintptr_t packed, uintptr_t codebook, uintptr_t bias, uintptr_t y,
+         uintptr_t scratch, int64_t rows, int64_t in_features, int64_t out_features, int64_t group_size, int code,
+         int dtype, int bias_dtype, int threads) {
+        pykd::Linear4bitArgs args{};
+        args.x = reinterpret_cast<const void*>(x);
+        args.x_stride = x_stride;
+        args.packed = reinterpret_cast<const uint8_t*>(packed);
+        args.codebook = reinterpret_cast<const float*>(codebook);
+        args.bias = reinterpret_cast<const void*>(bias);
+        args.y = reinterpret_cast<void*>(y);
+        args.scratch = reinterpret_cast<float*>(scratch);
+        args.rows = rows;
+        args.in_features = in_features;
+        args.out_features = out_features;
+        args.group_size = group_size;
+        args.code = code;
+        args.dtype = dtype;
+        args.bias_dtype = bias_dtype;
+        args.threads = threads;
+        pykd::table().linear_4bit(args);
+      },
+      py::call_guard<py::gil_scoped_release>(), "y = x W^T + bias for a weight in layout int4_r16: see Linear4bitArgs.");
   pykd::isa();  // an impossible PYKD_ISA is an error at import, not at the first call
 }

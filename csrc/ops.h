@@ -35,8 +35,24 @@ struct KlDivArgs {
   int threads;
 };
 
+// 4-bit codes, the same as CODES in pykd/ops/int4_r16.py.
+enum Code4 : int { kInt4 = 0, kUint4 = 1, kCodebook4 = 2 };
+
+// Rows of activations that are packed at a time: linear_4bit's scratch holds this many (or all, if fewer).
+constexpr int64_t kLinear4bitRows = 384;
+
 // Linear layer over a packed 4-bit weight: see csrc/cpu/linear_4bit.cpp.
 struct Linear4bitArgs {
+  const void* x;          // [rows, in_features] of dtype; the last dimension is contiguous
+  int64_t x_stride;       // elements from one row of x to the next
+  const uint8_t* packed;  // layout int4_r16
+  const float* codebook;  // [16] float32 for kCodebook4, else null
+  const void* bias;       // [out_features] of bias_dtype, or null
+  void* y;                // [rows, out_features] of dtype, contiguous
+  float* scratch;         // [min(rows, kLinear4bitRows), padded_k] float32
+  int64_t rows, in_features, out_features, group_size;
+  int code;               // Code4
+  int dtype, bias_dtype;  // DType
   int threads;
 };
 

@@ -6,7 +6,6 @@ emulated: tuple[str, ...]
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def isa_levels() -> list[str]: ...
-<<<<<<< HEAD
 def advise_huge_pages(memory: int, bytes: int) -> None: ...
 def kl_div(
     student: int,
@@ -30,7 +29,6 @@ def kl_div(
     label_smoothing: float,
     threads: int,
 ) -> int: ...
-=======
 def sparse_linear(
     x: int,
     bitmask: int,
@@ -85,4 +83,23 @@ def bitmask_gather(
     threads: int,
 ) -> None: ...
 def bitmask_offsets(bitmask: int, in_features: int, out_features: int, offsets: int) -> int: ...
->>>>>>> 8f41dde (wip)
+
+linear_4bit_rows: int
+
+def linear_4bit(
+    x: int,
+    x_stride: int,
+    packed: int,
+    codebook: int,
+    bias: int,
+    y: int,
+    scratch: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    code: int,
+    dtype: int,
+    bias_dtype: int,
+    threads: int,
+) -> None: ...

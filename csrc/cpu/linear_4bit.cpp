@@ -1,8 +1,227 @@
+// y = x W^T + bias for a 4-bit weight in the layout `int4_r16` (pykd/ops/int4_r16.py):
+//
+//   strip  32 output rows: [uint4 only: groups x 32 zero points, one byte each, padded to 64] groups blocks
+//   block  one group of those rows: 32 fp16 scales, then a pair of 64-byte lines per 8 k: rows 0-15, rows 16-31
+//
+// so that a thread reads its weights as one sequential stream. Weights are decoded in registers, next to the multiply-
+// adds (a decoded slab in cache would cost loads that the register tile needs for activations), used for all rows of a
+// panel of activations, summed in float32 without their scale, and folded into the total once per group.
+#include "cpu/linear_4bit_decode.h"
+#include "cpu/parallel.h"
 #include "cpu/vec.h"
 #include "ops.h"
 
 namespace pykd::PYKD_LEVEL {
+namespace {
 
-void linear_4bit(const Linear4bitArgs&) {}
+constexpr int kStrip = 32;
+constexpr int64_t kScaleBytes = kStrip * 2;
+
+// Register tile: kVectors vectors of outputs x at most kRows rows of activations.
+#if defined(PYKD_LEVEL_avx512)
+constexpr int kRows = 12;  // 2 x 12 accumulators of 32 registers
+constexpr int vectors(int) { return 2; }
+#elif defined(PYKD_LEVEL_avx2)
+constexpr int kRows = 6;  // 2 x 6 accumulators of 16 registers
+constexpr int vectors(int rows) { return rows <= 3 ? 4 : 2; }
+#else
+constexpr int kRows = 4;
+constexpr int vectors(int) { return 2; }
+#endif
+
+struct Shape {
+  int64_t groups, group, padded_group, padded_last, padded_k, zero_bytes, strip_bytes;
+
+  explicit Shape(const Linear4bitArgs& a) {
+    const int64_t eight = 7;
+    group = a.group_size < a.in_features ? a.group_size : a.in_features;
+    groups = (a.in_features + group - 1) / group;
+    padded_group = (group + eight) & ~eight;
+    padded_last = (a.in_features - (groups - 1) * group + eight) & ~eight;
+    padded_k = (groups - 1) * padded_group + padded_last;
+    zero_bytes = a.code == kUint4 ? (groups * kStrip + 63) / 64 * 64 : 0;
+    strip_bytes = zero_bytes + groups * kScaleBytes + padded_k * (kStrip / 2);
+  }
+  int64_t size(int64_t g) const { return g + 1 < groups ? padded_group : padded_last; }  // k of group g in the layout
+};
+
+// --- activations ------------------------------------------------------------------------------------------------------
+
+// Panel: [padded_k][rows] floats, zero where the layout pads. Where the decoder leaves a weight multiplied by a power of
+// two, the activation is divided by it: exact above 2^-102, and below that the product is under 2^-98 of the scale.
+template <class T, bool kPlaced>
+void pack_panel(const T* x, int64_t stride, int rows, const Linear4bitArgs& a, const Shape& s, float* panel) {
+  float factor[8];
+  for (int kk = 0; kk < 8; ++kk)
+    factor[kk] = kPlaced && place(kk) < 28 ? bits_to_float(static_cast<uint32_t>(127 - place(kk)) << 23) : 1.0f;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const int64_t first = g * s.group, size = s.size(g);
+    const int64_t left = a.in_features - first, count = left < s.group ? left : s.group;
+    for (int m = 0; m < rows; ++m) {
+      const T* row = x + m * stride + first;
+      for (int64_t k = 0; k < count; ++k) panel[k * rows + m] = to_float(row[k]) * factor[k & 7];
+      for (int64_t k = count; k < size; ++k) panel[k * rows + m] = 0.0f;
+    }
+    panel += size * rows;
+  }
+}
+
+// --- register tile ----------------------------------------------------------------------------------------------------
+
+template <int kk, int NV, int MR, class Decoder>
+PYKD_INLINE void multiply(const Decoder& decoder, const Words (&words)[NV], const float* x, F32 (&sum)[NV][MR]) {
+  F32 w[NV];
+  for (int i = 0; i < NV; ++i) w[i] = decoder.template decode<kk>(words[i], i);
+  for (int m = 0; m < MR; ++m) {
+    const F32 value = set1(x[kk * MR + m]);
+    for (int i = 0; i < NV; ++i) sum[i][m] = fma(w[i], value, sum[i][m]);
+  }
+}
+
+// total[m][row] of NV * kWidth outputs from `row` on, for the MR rows of a panel.
+template <int NV, int MR, class Decoder>
+void tile(Decoder decoder, const Shape& s, const uint8_t* strip, int row, const float* panel, float* total) {
+  const uint8_t* block = strip + s.zero_bytes;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const int64_t eights = s.size(g) / 8;
+    const uint8_t* line = block + kScaleBytes + row * 4;
+    F32 sum[NV][MR];
+    for (int i = 0; i < NV; ++i) {
+      decoder.group(i, strip + g * kStrip + row + i * kWidth);
+      for (int m = 0; m < MR; ++m) sum[i][m] = set1(0.0f);
+    }
+    for (int64_t e = 0; e < eights; ++e, line += 4 * kStrip, panel += 8 * MR) {
+      Words words[NV];
+      for (int i = 0; i < NV; ++i) words[i] = load_words(line + i * kWidth * 4);
+      multiply<0>(decoder, words, panel, sum);
+      multiply<1>(decoder, words, panel, sum);
+      multiply<2>(decoder, words, panel, sum);
+      multiply<3>(decoder, words, panel, sum);
+      multiply<4>(decoder, words, panel, sum);
+      multiply<5>(decoder, words, panel, sum);
+      multiply<6>(decoder, words, panel, sum);
+      multiply<7>(decoder, words, panel, sum);
+    }
+    const F16* scales = reinterpret_cast<const F16*>(block) + row;
+    for (int i = 0; i < NV; ++i) {
+      const F32 scale = load(scales + i * kWidth);
+      for (int m = 0; m < MR; ++m) {
+        float* target = total + m * kStrip + row + i * kWidth;
+        store(target, fma(sum[i][m], scale, load(target)));
+      }
+    }
+    block += kScaleBytes + eights * 4 * kStrip;
+  }
+}
+
+// --- a strip of outputs for a panel of activations ---------------------------------------------------------------------
+
+template <int MR, template <int> class Decoder>
+PYKD_INLINE void strip_rows(const Linear4bitArgs& a, const Shape& s, const uint8_t* strip, const float* panel,
+                            float* total) {
+  constexpr int NV = vectors(MR);
+  for (int i = 0; i < MR * kStrip; ++i) total[i] = 0.0f;
+  for (int row = 0; row < kStrip; row += NV * kWidth)
+    tile<NV, MR>(Decoder<NV>(a.codebook), s, strip, row, panel, total);
+}
+
+template <template <int> class Decoder, int MR = kRows>
+void strip_panel(int rows, const Linear4bitArgs& a, const Shape& s, const uint8_t* strip, const float* panel,
+                 float* total) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return strip_panel<Decoder, MR - 1>(rows, a, s, strip, panel, total);
+  }
+  strip_rows<MR, Decoder>(a, s, strip, panel, total);
+}
+
+float bias_at(const Linear4bitArgs& a, int64_t i) {
+  if (!a.bias) return 0.0f;
+  if (a.bias_dtype == kFloat32) return static_cast<const float*>(a.bias)[i];
+  if (a.bias_dtype == kBFloat16) return to_float(static_cast<const BF16*>(a.bias)[i]);
+  return to_float(static_cast<const F16*>(a.bias)[i]);
+}
+
+template <class T>
+void write_out(const Linear4bitArgs& a, const float* total, int64_t strip, int64_t row, int rows) {
+  const int64_t first = strip * kStrip, left = a.out_features - first;
+  const int count = static_cast<int>(left < kStrip ? left : kStrip);
+  float bias[kStrip];
+  for (int i = 0; i < count; ++i) bias[i] = bias_at(a, first + i);
+  for (int m = 0; m < rows; ++m, total += kStrip) {
+    T* y = static_cast<T*>(a.y) + (row + m) * a.out_features + first;
+    int i = 0;
+    for (; i + kWidth <= count; i += kWidth) store(y + i, add(load(total + i), load(bias + i)));
+    if (i < count) store_n(y + i, add(load_n(total + i, count - i, 0.0f), load_n(bias + i, count - i, 0.0f)), count - i);
+  }
+}
+
+// --- the call -----------------------------------------------------------------------------------------------------------
+
+// Rows [first, last) of panel p when `rows` rows are spread evenly over `panels` panels.
+int64_t panel_row(int64_t p, int64_t rows, int64_t panels) { return rows * p / panels; }
+
+template <class T, template <int> class Decoder>
+void block_of_rows(const Linear4bitArgs& a, const Shape& s, int64_t first, int64_t rows) {
+  const int64_t panels = (rows + kRows - 1) / kRows, strips = (a.out_features + kStrip - 1) / kStrip;
+  const T* x = static_cast<const T*>(a.x) + first * a.x_stride;
+  parallel_for(panels, 1 + (1 << 15) / (kRows * s.padded_k), a.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t row = panel_row(p, rows, panels);
+      pack_panel<T, Decoder<1>::kPlaced>(x + row * a.x_stride, a.x_stride,
+                                         static_cast<int>(panel_row(p + 1, rows, panels) - row), a, s,
+                                         a.scratch + row * s.padded_k);
+    }
+  });
+  // Few strips: threads share a strip and split its panels.
+  const int64_t pieces = strips >= 4 * a.threads ? 1 : panels;
+  const int64_t work = kStrip * s.padded_k * (rows / pieces + 1);
+  parallel_for(strips * pieces, 1 + (1 << 15) / work, a.threads, [&](int64_t begin, int64_t end, int) {
+    alignas(64) float total[kRows * kStrip];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t strip = item / pieces, piece = item % pieces;
+      const uint8_t* weights = a.packed + strip * s.strip_bytes;
+      for (int64_t p = panels * piece / pieces; p < panels * (piece + 1) / pieces; ++p) {
+        const int64_t row = panel_row(p, rows, panels);
+        const int count = static_cast<int>(panel_row(p + 1, rows, panels) - row);
+        strip_panel<Decoder>(count, a, s, weights, a.scratch + row * s.padded_k, total);
+        write_out<T>(a, total, strip, first + row, count);
+      }
+    }
+  });
+}
+
+template <int NV>
+struct SymmetricOf : Symmetric {
+  using Symmetric::Symmetric;
+};
+template <int NV>
+struct TableOf : Table {
+  using Table::Table;
+};
+
+template <class T>
+void run(const Linear4bitArgs& a) {
+  const Shape s(a);
+  for (int64_t first = 0; first < a.rows; first += kLinear4bitRows) {
+    const int64_t left = a.rows - first, rows = left < kLinear4bitRows ? left : kLinear4bitRows;
+    if (a.code == kInt4)
+      block_of_rows<T, SymmetricOf>(a, s, first, rows);
+    else if (a.code == kUint4)
+      block_of_rows<T, Shifted>(a, s, first, rows);
+    else
+      block_of_rows<T, TableOf>(a, s, first, rows);
+  }
+}
+
+}  // namespace
+
+void linear_4bit(const Linear4bitArgs& a) {
+  if (a.dtype == kFloat32)
+    run<float>(a);
+  else if (a.dtype == kBFloat16)
+    run<BF16>(a);
+  else
+    run<F16>(a);
+}
 
 }  // namespace pykd::PYKD_LEVEL

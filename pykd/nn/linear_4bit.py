@@ -1,0 +1,244 @@
+"""Linear layers with 4-bit weights, and what they share with convolutions with 4-bit weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from pykd.errors import nearest
+from pykd.nn.codecs.bitmask import pack_bits, unpack_bits
+from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
+from pykd.nn.compressed import CompressedModule
+from pykd.ops.dispatch import native
+from pykd.ops.int4_r16 import (
+    CODEBOOKS,
+    PAD_CODE,
+    dequantize,
+    groups_of,
+    pack_nibbles,
+    pack_r16,
+    unpack_nibbles,
+    unpack_r16,
+)
+from pykd.ops.linear_4bit import linear_4bit
+
+#: Scheme -> code of its weights; w4a16 with `symmetric=False` is uint4.
+SCHEMES_4BIT: dict[str, str] = {"w4a16": "int4", "nf4": "nf4", "fp4": "fp4"}
+
+
+class Weight4bit(CompressedModule):
+    """A weight matrix [rows, columns] in 4 bits: canonical in files, `int4_r16` in the memory of a CPU.
+
+    Files hold `qweight`, `scales` and for asymmetric weights `zeros` (see `pykd.ops.int4_r16`); or, where enough codes
+    stand for zero that it is smaller, `bitmask` and `qvalues` (the kept codes, row by row) instead of `qweight`.
+    """
+
+    qweight: Tensor
+    bitmask: Tensor
+    qvalues: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, rows: int, columns: int, scheme: str, group_size: int | None, symmetric: bool) -> None:
+        if scheme not in SCHEMES_4BIT:
+            raise ValueError(nearest("4-bit scheme", scheme, SCHEMES_4BIT))
+        if not symmetric and scheme != "w4a16":
+            raise ValueError(f"symmetric=False goes with scheme 'w4a16' only, got {scheme!r}")
+        super().__init__(torch.float32)
+        self.rows, self.columns = rows, columns
+        self.scheme, self.symmetric = scheme, symmetric
+        self.group_size = columns if group_size is None else group_size
+        self.code = SCHEMES_4BIT[scheme] if symmetric else "uint4"
+        self.nnz: int | None = None
+
+    def _quantize(self, weight: Tensor) -> None:
+        """Round the matrix and register the canonical tensors in the smaller of the two ways."""
+        self.dtype = weight.dtype
+        tensors = quantize_4bit(weight, code=self.code, group_size=self.group_size)
+        kept = int(self._kept(tensors).sum())
+        sparse_bytes = self.rows * -(-self.columns // 8) + -(-kept // 2)
+        self.nnz = kept if sparse_bytes < tensors.qweight.numel() else None
+        self._register(self._stored(tensors))
+
+    def _register(self, tensors: dict[str, Tensor], *, persistent: bool = True) -> None:
+        for name in list(self._buffers):
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=persistent)
+
+    def _register_empty(self, spec: dict[str, Any], device: torch.device | str | None) -> None:
+        """Zero-filled canonical tensors of the shapes that `spec` says."""
+        self.dtype, self.nnz = getattr(torch, spec["dtype"]), spec["nnz"]
+        groups = groups_of(self.columns, self.group_size).count
+        shapes = {"qweight": (self.rows, -(-self.columns // 2))}
+        if self.nnz is not None:
+            shapes = {"bitmask": (self.rows, -(-self.columns // 8)), "qvalues": (-(-self.nnz // 2),)}
+        if not self.symmetric:
+            shapes["zeros"] = (self.rows, -(-groups // 2))
+        tensors = {name: torch.zeros(shape, dtype=torch.uint8, device=device) for name, shape in shapes.items()}
+        self._register({**tensors, "scales": torch.zeros(self.rows, groups, dtype=torch.float16, device=device)})
+
+    def _spec(self) -> dict[str, Any]:
+        return {
+            "scheme": self.scheme,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "nnz": self.nnz,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def _matrix(self) -> Tensor:
+        """The dequantized weight matrix [rows, columns] in the layer's dtype."""
+        return dequantize(*self._tensors(), **self._sizes()).to(self.dtype)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias from whatever layout is resident."""
+        options: dict[str, Any] = {"bias": bias, "code": self.code, "group_size": self.group_size}
+        packed = self._buffers.get("packed")
+        if packed is not None:
+            return linear_4bit(x, packed, out_features=self.rows, **options)
+        qweight, scales, zeros = self._tensors()
+        return linear_4bit(x, qweight, scales, zeros=zeros, **options)
+
+    # Canonical tensors (dense codes) <-> what is stored.
+
+    def _sizes(self) -> dict[str, Any]:
+        return {"code": self.code, "in_features": self.columns, "group_size": self.group_size}
+
+    def _tensors(self) -> FourBit:
+        """The dense canonical tensors, made from whatever is registered."""
+        buffers = self._buffers
+        packed, scales, zeros = buffers.get("packed"), buffers.get("scales"), buffers.get("zeros")
+        if packed is not None:
+            return FourBit(*unpack_r16(packed, out_features=self.rows, **self._sizes()))
+        assert scales is not None
+        if "qweight" in buffers:
+            return FourBit(self.qweight, scales, zeros)
+        mask = unpack_bits(self.bitmask, self.columns)
+        kept = int(mask.sum())
+        if kept != self.nnz:
+            raise ValueError(f"bitmask keeps {kept} weights but qvalues holds {self.nnz}: the tensors are damaged")
+        codes = self._zero_codes(zeros).to(mask.device).expand(mask.shape).clone()
+        codes[mask] = unpack_nibbles(self.qvalues, kept)
+        return FourBit(pack_nibbles(codes), scales, zeros)
+
+    def _stored(self, tensors: FourBit) -> dict[str, Tensor]:
+        """State-dict name -> tensor, with the codes as bitmask and kept values when the layer is stored sparse."""
+        stored = {"qweight": tensors.qweight}
+        if self.nnz is not None:
+            mask = self._kept(tensors)
+            kept = unpack_nibbles(tensors.qweight, self.columns)[mask]
+            stored = {"bitmask": pack_bits(mask), "qvalues": pack_nibbles(kept)}
+        stored["scales"] = tensors.scales
+        if tensors.zeros is not None:
+            stored["zeros"] = tensors.zeros
+        return stored
+
+    def _kept(self, tensors: FourBit) -> Tensor:
+        """bool [rows, columns]: the weights whose code does not stand for 0.0."""
+        return unpack_nibbles(tensors.qweight, self.columns) != self._zero_codes(tensors.zeros).to(tensors.scales.device)
+
+    def _zero_codes(self, zeros: Tensor | None) -> Tensor:
+        """The code of 0.0: one for all, or per weight where zero points differ."""
+        if zeros is None:
+            code = CODEBOOKS[self.code].index(0.0) if self.code in CODEBOOKS else PAD_CODE
+            return torch.tensor(code, dtype=torch.uint8)
+        groups = groups_of(self.columns, self.group_size)
+        return unpack_nibbles(zeros, groups.count).repeat_interleave(groups.size, dim=1)[:, : self.columns]
+
+    # The hooks of CompressedModule: int4_r16 where the native kernel runs, else dense codes.
+
+    def _has_layout(self) -> bool:
+        return "packed" in self._buffers or "qweight" in self._non_persistent_buffers_set
+
+    def _pack(self) -> None:
+        runs_natively = native is not None and self.device.type == "cpu"
+        if self._has_layout() or not (runs_natively or self.nnz is not None):
+            return
+        tensors = self._tensors()
+        layout = {name: tensor for name, tensor in tensors._asdict().items() if tensor is not None}
+        if runs_natively:
+            layout = {"packed": pack_r16(*tensors, in_features=self.columns, group_size=self.group_size)}
+        self._register(layout, persistent=False)
+
+    def _unpack(self) -> None:
+        if self._has_layout():
+            self._register(self._canonical())
+
+    def _canonical(self) -> dict[str, Tensor]:
+        return self._stored(self._tensors()) if self._has_layout() else {}
+
+
+class Linear4bit(Weight4bit):
+    """`nn.Linear` with a 4-bit weight: see `pykd.linear_4bit` for the arithmetic, `from_linear` for how to make one.
+
+    The weight is frozen; gradients flow to the input and the bias.
+
+    >>> layer = Linear4bit.from_linear(nn.Linear(64, 16), scheme="nf4", group_size=32)
+    >>> layer(torch.zeros(2, 64)).shape
+    torch.Size([2, 16])
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, scheme: str, group_size: int | None = 32, symmetric: bool = True
+    ) -> None:
+        super().__init__(out_features, in_features, scheme, group_size, symmetric)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, scheme: str = "w4a16", group_size: int | None = 32, symmetric: bool = True
+    ) -> Self:
+        """Quantize a linear layer by plain rounding (`pykd.nn.codecs.four_bit.quantize_4bit`).
+
+        Args:
+            linear: the layer; it is not changed, its bias is shared.
+            scheme: "w4a16" (int4), "nf4" or "fp4".
+            group_size: inputs that share a scale; None is the whole row.
+            symmetric: for w4a16: False stores an integer zero point per group.
+        """
+        layer = cls(linear.in_features, linear.out_features, scheme, group_size, symmetric)
+        layer._quantize(linear.weight)
+        layer.bias = linear.bias
+        layer.train(linear.training)
+        layer.finalize()
+        return layer
+
+    def spec(self) -> dict[str, Any]:
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+        return {"type": "Linear4bit", **sizes, **self._spec()}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
+        names = ("in_features", "out_features", "scheme", "group_size", "symmetric")
+        layer = cls(*(spec[name] for name in names))
+        layer._register_empty(spec, device)
+        if spec["bias"]:
+            layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))
+        return layer
+
+    def dequantize(self) -> Tensor:
+        return self._matrix()
+
+    def to_dense(self) -> nn.Linear:
+        return self.to_linear()
+
+    def to_linear(self) -> nn.Linear:
+        """The ordinary linear layer with the dequantized weight; shares the bias."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
+        dense.weight = nn.Parameter(self.dequantize())
+        dense.bias = self.bias
+        return dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x, self.bias)
+
+    def extra_repr(self) -> str:
+        kept = "" if self.nnz is None else f", kept={self.nnz / (self.rows * self.columns):.3f}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme}, group_size={self.group_size}{'' if self.symmetric else ', asymmetric'}{kept}"
+        )

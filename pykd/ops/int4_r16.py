@@ -1,0 +1,166 @@
+"""4-bit weights as tensors: their codes, the canonical layout of files, and `int4_r16`, the layout of the CPU kernel.
+
+Canonical: `qweight` uint8 [out_features, ceil(in_features / 2)], two codes a byte, even k in the low half; `scales`
+float16 [out_features, groups]; for `uint4` also `zeros` uint8 [out_features, ceil(groups / 2)], packed alike.
+
+`int4_r16`: one uint8 vector that the kernel reads as a single stream. A strip is 32 output rows: for `uint4` first its
+zero points (a byte each, groups x 32, padded to 64), then one block per group: 32 float16 scales, then for every 8 k
+two lines of 64 bytes, one for rows 0-15 and one for rows 16-31, in which byte `4 * row + j` holds the code of k0 + j in
+its low and of k0 + 4 + j in its high half. Groups are padded to 8 k and strips to 32 rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+#: 16-entry codes: weight = table[code] * scale. NF4: Dettmers et al. 2023, QLoRA, appendix E. FP4: E2M1 over its
+#: largest magnitude, 6. Both hold an exact zero.
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": tuple(sign * level / 6 for sign in (1, -1) for level in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
+}
+
+#: Name -> number that the native kernels know: int4 is (code - 8) * scale, uint4 is (code - zero) * scale.
+CODES: dict[str, int] = {"int4": 0, "uint4": 1, **dict.fromkeys(CODEBOOKS, 2)}
+
+STRIP = 32
+PAD_CODE = 8
+
+
+class Groups(NamedTuple):
+    """How `in_features` falls into groups, and what `int4_r16` pads them to."""
+
+    size: int
+    count: int
+    padded: int
+    padded_last: int
+
+    @property
+    def padded_k(self) -> int:
+        return (self.count - 1) * self.padded + self.padded_last
+
+
+@functools.cache
+def groups_of(in_features: int, group_size: int) -> Groups:
+    """Groups of `group_size` (or one, if it is larger than the row); the last may be shorter."""
+    size = min(group_size, in_features)
+    count = -(-in_features // size)
+    last = in_features - (count - 1) * size
+    return Groups(size, count, -(-size // 8) * 8, -(-last // 8) * 8)
+
+
+@functools.cache
+def codebook(code: str, device: torch.device) -> Tensor | None:
+    """The float32 table [16] of a codebook code on a device; None for the integer codes."""
+    return torch.tensor(CODEBOOKS[code], device=device) if code in CODEBOOKS else None
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """uint8 [..., n] in 0..15 -> uint8 [..., ceil(n / 2)], even positions in the low half."""
+    even = F.pad(values, (0, values.shape[-1] % 2))
+    return even[..., 0::2] | (even[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
+    """Inverse of `pack_nibbles`: the first `count` codes."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
+
+
+def dequantize(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, *, code: str, in_features: int, group_size: int
+) -> Tensor:
+    """Canonical tensors -> the dense float32 weight [out_features, in_features]: the definition of every code."""
+    size, count, _, _ = groups_of(in_features, group_size)
+    codes = unpack_nibbles(qweight, in_features)
+    table = codebook(code, qweight.device)
+    if table is not None:
+        values = table[codes.long()]
+    elif zeros is not None:
+        points = unpack_nibbles(zeros, count).float()
+        values = codes.float() - points.repeat_interleave(size, dim=1)[:, :in_features]
+    else:
+        values = codes.float() - 8.0
+    return values * scales.float().repeat_interleave(size, dim=1)[:, :in_features]
+
+
+def packed_bytes(out_features: int, in_features: int, group_size: int, *, code: str) -> int:
+    """Size of the `int4_r16` vector."""
+    return -(-out_features // STRIP) * _strip_bytes(groups_of(in_features, group_size), code == "uint4")
+
+
+def pack_r16(qweight: Tensor, scales: Tensor, zeros: Tensor | None, *, in_features: int, group_size: int) -> Tensor:
+    """Canonical tensors -> `int4_r16`."""
+    groups = groups_of(in_features, group_size)
+    rows = qweight.shape[0]
+    strips = -(-rows // STRIP)
+    fill = strips * STRIP - rows
+    packed = qweight.new_zeros(strips, _strip_bytes(groups, zeros is not None))
+    blocks, last = _views(packed, groups, zeros is not None)
+    codes = _pad_groups(unpack_nibbles(qweight, in_features), groups)
+    codes = F.pad(codes, (0, 0, 0, fill), value=PAD_CODE).view(strips, STRIP, groups.padded_k // 8, 2, 4)
+    lines = (codes[:, :, :, 0] | (codes[:, :, :, 1] << 4)).permute(0, 2, 1, 3)
+    scale_bytes = F.pad(scales, (0, 0, 0, fill)).view(strips, STRIP, -1).transpose(1, 2).contiguous().view(torch.uint8)
+    blocks[:, :, :64] = scale_bytes[:, :-1]
+    blocks[:, :, 64:] = lines[:, : -(groups.padded_last // 8)].reshape(blocks[:, :, 64:].shape)
+    last[:, :64] = scale_bytes[:, -1]
+    last[:, 64:] = lines[:, -(groups.padded_last // 8) :].flatten(1)
+    if zeros is not None:
+        points = F.pad(unpack_nibbles(zeros, groups.count), (0, 0, 0, fill)).view(strips, STRIP, -1)
+        packed[:, : groups.count * STRIP] = points.transpose(1, 2).reshape(strips, -1)
+    return packed.flatten()
+
+
+def unpack_r16(
+    packed: Tensor, *, out_features: int, in_features: int, group_size: int, code: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`int4_r16` -> exactly the canonical tensors that it was made from."""
+    groups = groups_of(in_features, group_size)
+    asymmetric = code == "uint4"
+    packed = packed.view(-1, _strip_bytes(groups, asymmetric))
+    strips = packed.shape[0]
+    blocks, last = _views(packed, groups, asymmetric)
+    scale_bytes = torch.cat((blocks[:, :, :64], last[:, None, :64]), dim=1).contiguous()
+    scales = scale_bytes.view(torch.float16).transpose(1, 2).reshape(strips * STRIP, -1)[:out_features].contiguous()
+    lines = torch.cat((blocks[:, :, 64:].flatten(1), last[:, 64:]), dim=1).view(strips, -1, STRIP, 4)
+    codes = torch.stack((lines & 15, lines >> 4), dim=3).permute(0, 2, 1, 3, 4).reshape(strips * STRIP, -1)
+    qweight = pack_nibbles(_unpad_groups(codes[:out_features], groups, in_features))
+    if not asymmetric:
+        return qweight, scales, None
+    points = packed[:, : groups.count * STRIP].view(strips, groups.count, STRIP).transpose(1, 2)
+    return qweight, scales, pack_nibbles(points.reshape(strips * STRIP, -1)[:out_features])
+
+
+def _strip_bytes(groups: Groups, asymmetric: bool) -> int:
+    return _zero_bytes(groups, asymmetric) + groups.count * 2 * STRIP + groups.padded_k * STRIP // 2
+
+
+def _zero_bytes(groups: Groups, asymmetric: bool) -> int:
+    return -(-groups.count * STRIP // 64) * 64 if asymmetric else 0
+
+
+def _views(packed: Tensor, groups: Groups, asymmetric: bool) -> tuple[Tensor, Tensor]:
+    """All blocks but the last as [strips, groups - 1, bytes], and the last as [strips, bytes]."""
+    size = 64 + groups.padded * STRIP // 2
+    start, end = _zero_bytes(groups, asymmetric), packed.shape[1] - 64 - groups.padded_last * STRIP // 2
+    return packed[:, start:end].unflatten(1, (groups.count - 1, size)), packed[:, end:]
+
+
+def _pad_groups(codes: Tensor, groups: Groups) -> Tensor:
+    codes = F.pad(codes, (0, groups.size * groups.count - codes.shape[1]), value=PAD_CODE)
+    codes = F.pad(codes.unflatten(1, (groups.count, groups.size)), (0, groups.padded - groups.size), value=PAD_CODE)
+    return codes.flatten(1)[:, : groups.padded_k].contiguous()
+
+
+def _unpad_groups(codes: Tensor, groups: Groups, in_features: int) -> Tensor:
+    codes = F.pad(codes, (0, groups.padded * groups.count - codes.shape[1]))
+    return codes.unflatten(1, (groups.count, groups.padded))[:, :, : groups.size].flatten(1)[:, :in_features]

@@ -1,0 +1,271 @@
+"""The 4-bit linear layer: int4, uint4, NF4 and FP4 weights, exact in the activation's dtype (scheme w4a16 / nf4 / fp4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from pykd.errors import nearest
+from pykd.ops.dispatch import (
+    DTYPE_CODES,
+    TABLE,
+    Route,
+    check_cuda,
+    cuda_library,
+    cuda_stream,
+    lib,
+    native,
+    num_threads,
+    triton_available,
+)
+from pykd.ops.int4_r16 import CODES, codebook, dequantize, groups_of, packed_bytes, unpack_r16
+
+TABLE.extend(
+    [
+        Route("linear_4bit", "cpu", "int4_r16 layout; float32, bfloat16, float16", "native kernel, any number of rows"),
+        Route("linear_4bit", "cpu", "canonical layout, float64, or no native module", "reference"),
+        Route("linear_4bit", "cuda", "1-8 rows", "CUDA kernel, else Triton, else reference"),
+        Route("linear_4bit", "cuda", "9-256 rows", "Triton, else CUDA kernel, else reference"),
+        Route("linear_4bit", "cuda", "more rows, float64", "reference: dequantize, then torch's GEMM"),
+    ]
+)
+
+lib.define(
+    "linear_4bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor? bias, str code, "
+    "int out_features, int group_size) -> Tensor"
+)
+lib.define(
+    "dequantize_4bit(Tensor qweight, Tensor? scales, Tensor? zeros, str code, int out_features, int in_features, "
+    "int group_size) -> Tensor"
+)
+
+
+def linear_4bit_reference(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, code: str, group_size: int
+) -> Tensor:
+    """x W^T + bias in float32 (float64 for float64 activations) with the dequantized weight; the result in x's dtype."""
+    weight = dequantize(qweight, scales, zeros, code=code, in_features=x.shape[-1], group_size=group_size)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+def linear_4bit(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None = None,
+    *,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    code: str = "int4",
+    out_features: int | None = None,
+    group_size: int = 32,
+) -> Tensor:
+    """y = x W^T + bias over a group-wise 4-bit weight (W4A16; NF4: Dettmers et al. 2023, QLoRA).
+
+    The weight is dequantized exactly and products are summed in float32; the result has x's dtype, whatever that is:
+    nothing is rounded to a smaller type on the way. int4: W = (q - 8) * scale; uint4: (q - zero) * scale; nf4 and fp4:
+    table[q] * scale, one scale per group of `group_size` consecutive inputs of a row.
+
+    Args:
+        x: activations [..., in_features]; float32, bfloat16, float16 (float64 runs the reference). Any strides.
+        qweight: canonical codes, uint8 [out_features, ceil(in_features / 2)], with `scales`; or, without `scales`, the
+            CPU layout that `pykd.ops.int4_r16.pack_r16` makes, which already holds scales and zero points.
+        scales: float16 [out_features, groups].
+        zeros: for `uint4`: uint8 [out_features, ceil(groups / 2)].
+        bias: [out_features], floating point.
+        code: "int4", "uint4", "nf4" or "fp4".
+        out_features: needed with the CPU layout only.
+        group_size: at least 1; a group longer than the row is the whole row. It need not divide in_features.
+
+    Returns [..., out_features]. Differentiable in x and bias; the weight is a constant. Raises ValueError for an
+    unknown code and for shapes or dtypes that do not fit each other.
+
+    >>> from pykd.nn.codecs.four_bit import quantize_4bit
+    >>> w = quantize_4bit(torch.eye(4), group_size=4)
+    >>> linear_4bit(torch.ones(2, 4), w.qweight, w.scales, group_size=4)
+    tensor([[1., 1., 1., 1.],
+            [1., 1., 1., 1.]])
+    """
+    out = qweight.shape[0] if out_features is None else out_features
+    _check(x, qweight, scales, zeros, bias, code, out, group_size)
+    if _eager(x) and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        return _cpu(x, qweight, scales, zeros, bias, code, out, group_size)
+    result: Tensor = torch.ops.pykd.linear_4bit(x, qweight, scales, zeros, bias, code, out, group_size)
+    return result
+
+
+def _eager(x: Tensor) -> bool:
+    """Whether a call may skip torch's dispatcher (microseconds): a plain CPU tensor that nothing traces or transforms."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _check(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    code: str,
+    out: int,
+    group_size: int,
+) -> None:
+    if code not in CODES:
+        raise ValueError(nearest("4-bit code", code, CODES))
+    if x.dim() < 1 or x.shape[-1] < 1 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [..., in_features >= 1], got {x.dtype} {list(x.shape)}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias must have shape [{out}], one per output, got {list(bias.shape)}")
+    if scales is None:
+        size = packed_bytes(out, x.shape[-1], group_size, code=code)
+        if qweight.shape != (size,):
+            raise ValueError(
+                f"a weight in the CPU layout for {out} x {x.shape[-1]}, group_size {group_size}, {code} has {size} "
+                f"bytes, got {list(qweight.shape)}: pass the sizes that it was packed with"
+            )
+        return
+    groups = groups_of(x.shape[-1], group_size).count
+    if qweight.shape != (out, -(-x.shape[-1] // 2)) or scales.shape != (out, groups):
+        raise ValueError(
+            f"x with {x.shape[-1]} features and group_size {group_size} needs qweight [{out}, {-(-x.shape[-1] // 2)}] "
+            f"and scales [{out}, {groups}], got {list(qweight.shape)} and {list(scales.shape)}"
+        )
+    if (zeros is not None) != (code == "uint4") or (zeros is not None and zeros.shape != (out, -(-groups // 2))):
+        raise ValueError(f"zeros of shape [{out}, {-(-groups // 2)}] go with code 'uint4' and with no other code")
+
+
+@torch.library.impl(lib, "linear_4bit", "CompositeExplicitAutograd")
+def _reference(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    code: str,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    if scales is None:
+        qweight, scales, zeros = unpack_r16(
+            qweight, out_features=out_features, in_features=x.shape[-1], group_size=group_size, code=code
+        )
+    return linear_4bit_reference(x, qweight, scales, zeros, bias, code, group_size)
+
+
+@torch.library.impl(lib, "linear_4bit", "CPU")
+def _cpu(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    code: str,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    if native is None or scales is not None or x.dtype not in DTYPE_CODES:
+        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size)
+    features = x.shape[-1]
+    flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, features).contiguous()
+    rows = flat.shape[0]
+    y = torch.empty(rows, out_features, dtype=x.dtype)
+    if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    padded_k = groups_of(features, group_size).padded_k
+    scratch = torch.empty(min(rows, native.linear_4bit_rows) * padded_k)
+    table = codebook(code, qweight.device)
+    native.linear_4bit(
+        flat.data_ptr(),
+        flat.stride(0),
+        qweight.data_ptr(),
+        0 if table is None else table.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        scratch.data_ptr(),
+        rows,
+        features,
+        out_features,
+        group_size,
+        CODES[code],
+        DTYPE_CODES[x.dtype],
+        0 if bias is None else DTYPE_CODES[bias.dtype],
+        num_threads(),
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("pykd::linear_4bit", lib=lib)
+def _fake(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    code: str,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.impl(lib, "dequantize_4bit", "CompositeExplicitAutograd")
+def dequantize_4bit(
+    qweight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    code: str,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """The dense float32 weight of canonical tensors, or (`scales` None) of the CPU layout; also `torch.ops.pykd.*`."""
+    if scales is None:
+        qweight, scales, zeros = unpack_r16(
+            qweight, out_features=out_features, in_features=in_features, group_size=group_size, code=code
+        )
+    return dequantize(qweight, scales, zeros, code=code, in_features=in_features, group_size=group_size)
+
+
+@torch.library.register_fake("pykd::dequantize_4bit", lib=lib)
+def _fake_dequantize(
+    qweight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    code: str,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    return qweight.new_empty((out_features, in_features), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scales, zeros, bias, code, out_features, group_size = inputs
+    ctx.save_for_backward(qweight, scales, zeros)
+    ctx.options = code, out_features, x.shape[-1], group_size
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dx = dy W with the dequantized weight; db = sum of dy over rows. The weight is frozen."""
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.pykd.dequantize_4bit(*ctx.saved_tensors, *ctx.options)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        dx = torch.matmul(grad.to(wide), weight.to(wide)).to(grad.dtype)
+    if ctx.needs_input_grad[4]:
+        db = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return dx, None, None, None, db, None, None, None
+
+
+torch.library.register_autograd("pykd::linear_4bit", _backward, setup_context=_setup_context, lib=lib)

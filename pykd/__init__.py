@@ -23,6 +23,8 @@ _LAZY: dict[str, str] = {
     "kd_loss": "pykd.ops.kd_loss",
     "kl_div_loss": "pykd.ops.kd_loss",
     "prune": "pykd.pruning",
+    "linear_4bit": "pykd.ops.linear_4bit",
+    "linear_8bit": "pykd.ops.linear_8bit",
     "save_pretrained": "pykd.io.save",
     "sparse_linear": "pykd.ops.sparse_linear",
 }

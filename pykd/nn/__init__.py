@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from pykd.nn.compressed import CompressedModule
+from pykd.nn.conv import Conv2d4bit, Conv2d8bit
 from pykd.nn.kd_loss import KDLoss
+from pykd.nn.linear_4bit import Linear4bit
+from pykd.nn.linear_8bit import Linear8bit
 from pykd.nn.sparse_conv import SparseConv2d
 from pykd.nn.sparse_linear import SparseLinear
 
-__all__ = ["COMPRESSED", "CompressedModule", "KDLoss", "SparseConv2d", "SparseLinear"]
+__all__ = [
+    "COMPRESSED",
+    "CompressedModule",
+    "Conv2d4bit",
+    "Conv2d8bit",
+    "KDLoss",
+    "Linear4bit",
+    "Linear8bit",
+    "SparseConv2d",
+    "SparseLinear",
+]
 
 #: `type` in the description of a saved layer -> the class that it is rebuilt with. One line per compressed layer.
 COMPRESSED: dict[str, type[CompressedModule]] = {
+    "Conv2d4bit": Conv2d4bit,
+    "Conv2d8bit": Conv2d8bit,
+    "Linear4bit": Linear4bit,
+    "Linear8bit": Linear8bit,
     "SparseConv2d": SparseConv2d,
     "SparseLinear": SparseLinear,
 }

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pykd.errors import nearest
-from pykd.nn.codecs.bitmask import pack_bits, unpack_bits
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.nn.compressed import CompressedModule
+from pykd.ops.bitmask import bitmask_pack, bitmask_unpack
 from pykd.ops.dispatch import native
 from pykd.ops.int4_r16 import (
     CODEBOOKS,
@@ -71,8 +71,8 @@ class Weight4bit(CompressedModule):
     def _register_empty(self, spec: dict[str, Any], device: torch.device | str | None) -> None:
         """Zero-filled canonical tensors of the shapes that `spec` says."""
         self.dtype, self.nnz = getattr(torch, spec["dtype"]), spec["nnz"]
-        groups = groups_of(self.columns, self.group_size).count
-        shapes = {"qweight": (self.rows, -(-self.columns // 2))}
+        groups = groups_of(self.columns, self.group_size).number
+        shapes: dict[str, tuple[int, ...]] = {"qweight": (self.rows, -(-self.columns // 2))}
         if self.nnz is not None:
             shapes = {"bitmask": (self.rows, -(-self.columns // 8)), "qvalues": (-(-self.nnz // 2),)}
         if not self.symmetric:
@@ -116,7 +116,7 @@ class Weight4bit(CompressedModule):
         assert scales is not None
         if "qweight" in buffers:
             return FourBit(self.qweight, scales, zeros)
-        mask = unpack_bits(self.bitmask, self.columns)
+        mask = bitmask_unpack(self.bitmask, self.columns)
         kept = int(mask.sum())
         if kept != self.nnz:
             raise ValueError(f"bitmask keeps {kept} weights but qvalues holds {self.nnz}: the tensors are damaged")
@@ -130,7 +130,7 @@ class Weight4bit(CompressedModule):
         if self.nnz is not None:
             mask = self._kept(tensors)
             kept = unpack_nibbles(tensors.qweight, self.columns)[mask]
-            stored = {"bitmask": pack_bits(mask), "qvalues": pack_nibbles(kept)}
+            stored = {"bitmask": bitmask_pack(mask), "qvalues": pack_nibbles(kept)}
         stored["scales"] = tensors.scales
         if tensors.zeros is not None:
             stored["zeros"] = tensors.zeros
@@ -138,7 +138,9 @@ class Weight4bit(CompressedModule):
 
     def _kept(self, tensors: FourBit) -> Tensor:
         """bool [rows, columns]: the weights whose code does not stand for 0.0."""
-        return unpack_nibbles(tensors.qweight, self.columns) != self._zero_codes(tensors.zeros).to(tensors.scales.device)
+        return unpack_nibbles(tensors.qweight, self.columns) != self._zero_codes(tensors.zeros).to(
+            tensors.scales.device
+        )
 
     def _zero_codes(self, zeros: Tensor | None) -> Tensor:
         """The code of 0.0: one for all, or per weight where zero points differ."""
@@ -146,7 +148,7 @@ class Weight4bit(CompressedModule):
             code = CODEBOOKS[self.code].index(0.0) if self.code in CODEBOOKS else PAD_CODE
             return torch.tensor(code, dtype=torch.uint8)
         groups = groups_of(self.columns, self.group_size)
-        return unpack_nibbles(zeros, groups.count).repeat_interleave(groups.size, dim=1)[:, : self.columns]
+        return unpack_nibbles(zeros, groups.number).repeat_interleave(groups.size, dim=1)[:, : self.columns]
 
     # The hooks of CompressedModule: int4_r16 where the native kernel runs, else dense codes.
 
@@ -230,7 +232,7 @@ class Linear4bit(Weight4bit):
         """The ordinary linear layer with the dequantized weight; shares the bias."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
         dense.weight = nn.Parameter(self.dequantize())
-        dense.bias = self.bias
+        dense.register_parameter("bias", self.bias)
         return dense
 
     def forward(self, x: Tensor) -> Tensor:

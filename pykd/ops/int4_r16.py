@@ -15,7 +15,7 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 #: 16-entry codes: weight = table[code] * scale. NF4: Dettmers et al. 2023, QLoRA, appendix E. FP4: E2M1 over its
@@ -41,16 +41,15 @@ class Groups(NamedTuple):
     """How `in_features` falls into groups, and what `int4_r16` pads them to."""
 
     size: int
-    count: int
+    number: int
     padded: int
     padded_last: int
 
     @property
     def padded_k(self) -> int:
-        return (self.count - 1) * self.padded + self.padded_last
+        return (self.number - 1) * self.padded + self.padded_last
 
 
-@functools.cache
 def groups_of(in_features: int, group_size: int) -> Groups:
     """Groups of `group_size` (or one, if it is larger than the row); the last may be shorter."""
     size = min(group_size, in_features)
@@ -115,8 +114,8 @@ def pack_r16(qweight: Tensor, scales: Tensor, zeros: Tensor | None, *, in_featur
     last[:, :64] = scale_bytes[:, -1]
     last[:, 64:] = lines[:, -(groups.padded_last // 8) :].flatten(1)
     if zeros is not None:
-        points = F.pad(unpack_nibbles(zeros, groups.count), (0, 0, 0, fill)).view(strips, STRIP, -1)
-        packed[:, : groups.count * STRIP] = points.transpose(1, 2).reshape(strips, -1)
+        points = F.pad(unpack_nibbles(zeros, groups.number), (0, 0, 0, fill)).view(strips, STRIP, -1)
+        packed[:, : groups.number * STRIP] = points.transpose(1, 2).reshape(strips, -1)
     return packed.flatten()
 
 
@@ -136,31 +135,31 @@ def unpack_r16(
     qweight = pack_nibbles(_unpad_groups(codes[:out_features], groups, in_features))
     if not asymmetric:
         return qweight, scales, None
-    points = packed[:, : groups.count * STRIP].view(strips, groups.count, STRIP).transpose(1, 2)
+    points = packed[:, : groups.number * STRIP].view(strips, groups.number, STRIP).transpose(1, 2)
     return qweight, scales, pack_nibbles(points.reshape(strips * STRIP, -1)[:out_features])
 
 
 def _strip_bytes(groups: Groups, asymmetric: bool) -> int:
-    return _zero_bytes(groups, asymmetric) + groups.count * 2 * STRIP + groups.padded_k * STRIP // 2
+    return _zero_bytes(groups, asymmetric) + groups.number * 2 * STRIP + groups.padded_k * STRIP // 2
 
 
 def _zero_bytes(groups: Groups, asymmetric: bool) -> int:
-    return -(-groups.count * STRIP // 64) * 64 if asymmetric else 0
+    return -(-groups.number * STRIP // 64) * 64 if asymmetric else 0
 
 
 def _views(packed: Tensor, groups: Groups, asymmetric: bool) -> tuple[Tensor, Tensor]:
     """All blocks but the last as [strips, groups - 1, bytes], and the last as [strips, bytes]."""
     size = 64 + groups.padded * STRIP // 2
     start, end = _zero_bytes(groups, asymmetric), packed.shape[1] - 64 - groups.padded_last * STRIP // 2
-    return packed[:, start:end].unflatten(1, (groups.count - 1, size)), packed[:, end:]
+    return packed[:, start:end].view(packed.shape[0], groups.number - 1, size), packed[:, end:]
 
 
 def _pad_groups(codes: Tensor, groups: Groups) -> Tensor:
-    codes = F.pad(codes, (0, groups.size * groups.count - codes.shape[1]), value=PAD_CODE)
-    codes = F.pad(codes.unflatten(1, (groups.count, groups.size)), (0, groups.padded - groups.size), value=PAD_CODE)
+    codes = F.pad(codes, (0, groups.size * groups.number - codes.shape[1]), value=PAD_CODE)
+    codes = F.pad(codes.view(-1, groups.number, groups.size), (0, groups.padded - groups.size), value=PAD_CODE)
     return codes.flatten(1)[:, : groups.padded_k].contiguous()
 
 
 def _unpad_groups(codes: Tensor, groups: Groups, in_features: int) -> Tensor:
-    codes = F.pad(codes, (0, groups.padded * groups.count - codes.shape[1]))
-    return codes.unflatten(1, (groups.count, groups.padded))[:, :, : groups.size].flatten(1)[:, :in_features]
+    codes = F.pad(codes, (0, groups.padded * groups.number - codes.shape[1]))
+    return codes.view(-1, groups.number, groups.padded)[:, :, : groups.size].flatten(1)[:, :in_features]

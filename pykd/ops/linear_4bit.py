@@ -1,11 +1,11 @@
-"""The 4-bit linear layer: int4, uint4, NF4 and FP4 weights, exact in the activation's dtype (scheme w4a16 / nf4 / fp4)."""
+"""The 4-bit linear layer: int4, uint4, NF4 and FP4 weights, exact in the activation's dtype (w4a16, nf4, fp4)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from pykd.errors import nearest
@@ -13,13 +13,9 @@ from pykd.ops.dispatch import (
     DTYPE_CODES,
     TABLE,
     Route,
-    check_cuda,
-    cuda_library,
-    cuda_stream,
     lib,
     native,
     num_threads,
-    triton_available,
 )
 from pykd.ops.int4_r16 import CODES, codebook, dequantize, groups_of, packed_bytes, unpack_r16
 
@@ -33,11 +29,11 @@ TABLE.extend(
     ]
 )
 
-lib.define(
+lib.define(  # type: ignore[no-untyped-call]
     "linear_4bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor? bias, str code, "
     "int out_features, int group_size) -> Tensor"
 )
-lib.define(
+lib.define(  # type: ignore[no-untyped-call]
     "dequantize_4bit(Tensor qweight, Tensor? scales, Tensor? zeros, str code, int out_features, int in_features, "
     "int group_size) -> Tensor"
 )
@@ -46,7 +42,7 @@ lib.define(
 def linear_4bit_reference(
     x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, code: str, group_size: int
 ) -> Tensor:
-    """x W^T + bias in float32 (float64 for float64 activations) with the dequantized weight; the result in x's dtype."""
+    """x W^T + bias in float32 (float64 for float64 x) with the dequantized weight; the result in x's dtype."""
     weight = dequantize(qweight, scales, zeros, code=code, in_features=x.shape[-1], group_size=group_size)
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
@@ -98,7 +94,7 @@ def linear_4bit(
 
 
 def _eager(x: Tensor) -> bool:
-    """Whether a call may skip torch's dispatcher (microseconds): a plain CPU tensor that nothing traces or transforms."""
+    """Whether a call may skip torch's dispatcher (microseconds): a plain CPU tensor, not traced or transformed."""
     return (
         type(x) is Tensor
         and x.is_cpu
@@ -134,7 +130,7 @@ def _check(
                 f"bytes, got {list(qweight.shape)}: pass the sizes that it was packed with"
             )
         return
-    groups = groups_of(x.shape[-1], group_size).count
+    groups = groups_of(x.shape[-1], group_size).number
     if qweight.shape != (out, -(-x.shape[-1] // 2)) or scales.shape != (out, groups):
         raise ValueError(
             f"x with {x.shape[-1]} features and group_size {group_size} needs qweight [{out}, {-(-x.shape[-1] // 2)}] "
@@ -204,7 +200,7 @@ def _cpu(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
-@torch.library.register_fake("pykd::linear_4bit", lib=lib)
+@torch.library.register_fake("pykd::linear_4bit", lib=lib)  # type: ignore[untyped-decorator]
 def _fake(
     x: Tensor,
     qweight: Tensor,
@@ -236,7 +232,7 @@ def dequantize_4bit(
     return dequantize(qweight, scales, zeros, code=code, in_features=in_features, group_size=group_size)
 
 
-@torch.library.register_fake("pykd::dequantize_4bit", lib=lib)
+@torch.library.register_fake("pykd::dequantize_4bit", lib=lib)  # type: ignore[untyped-decorator]
 def _fake_dequantize(
     qweight: Tensor,
     scales: Tensor | None,

@@ -1,11 +1,11 @@
-"""The 8-bit linear layer: int8 weights per output, int8 activations per row, quantized inside the call (scheme w8a8)."""
+"""The 8-bit linear layer: int8 weights per output, int8 activations per row, rounded inside the call (w8a8)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from pykd.ops.dispatch import TABLE, Route, lib, native
@@ -18,7 +18,7 @@ TABLE.extend(
     ]
 )
 
-lib.define("linear_8bit(Tensor x, Tensor qweight, Tensor scales, Tensor? bias) -> Tensor")
+lib.define("linear_8bit(Tensor x, Tensor qweight, Tensor scales, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 
 #: Without VNNI torch._int_mm is a plain loop on the CPU, many times slower than a float32 product.
 _VNNI = native is not None and "avx512" in native.isa_levels() and "avx512" not in native.emulated
@@ -51,8 +51,8 @@ def linear_8bit(x: Tensor, qweight: Tensor, scales: Tensor, *, bias: Tensor | No
         x: activations [..., in_features], floating point. Any strides.
         qweight: int8 [out_features, in_features]; `scales` float32 [out_features]; `bias` [out_features] or None.
 
-    Returns [..., out_features] in x's dtype. The gradient to x is the one of the dequantized weight (straight through the
-    rounding of x). Raises ValueError when shapes or dtypes do not fit.
+    Returns [..., out_features] in x's dtype. The gradient to x is the one of the dequantized weight (straight through
+    the rounding of x). Raises ValueError when shapes or dtypes do not fit.
 
     >>> from pykd.nn.codecs.eight_bit import quantize_8bit
     >>> linear_8bit(torch.ones(1, 2), *quantize_8bit(torch.eye(2)))
@@ -97,13 +97,13 @@ def _linear_8bit(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 
-@torch.library.register_fake("pykd::linear_8bit", lib=lib)
+@torch.library.register_fake("pykd::linear_8bit", lib=lib)  # type: ignore[untyped-decorator]
 def _fake(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scales, bias = inputs
+    _, qweight, scales, bias = inputs
     ctx.save_for_backward(qweight, scales)
     ctx.bias_dtype = None if bias is None else bias.dtype
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from pykd.errors import nearest
@@ -26,9 +26,9 @@ class FourBit(NamedTuple):
 def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -> FourBit:
     """Round a dense weight [out_features, in_features] to 4-bit codes with one float16 scale per group of a row.
 
-    int4: weight = (q - 8) * scale; uint4: (q - zero) * scale with an integer zero point; nf4 (Dettmers et al. 2023) and
-    fp4: table[q] * scale, scale = the group's largest magnitude. For int4 the scale is the one with the smallest squared
-    error out of a small search (`SHRINK`, both signs), which lets the ninth level, -8, hold the largest weight.
+    int4: weight = (q - 8) * scale; uint4: (q - zero) * scale with an integer zero point; nf4 (Dettmers et al. 2023)
+    and fp4: table[q] * scale, scale = the group's largest magnitude. For int4 the scale is the one with the smallest
+    squared error out of a small search (`SHRINK`, both signs), which lets the level -8 hold the largest weight.
     Weights that are exactly zero stay exactly zero under every code. Codes are chosen for the scale as stored, float16.
 
     Raises ValueError for an unknown code, a weight that is not a non-empty matrix, NaN or infinite weights, weights
@@ -40,7 +40,7 @@ def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -
     """
     _check(weight, code, group_size)
     size, count, _, _ = groups_of(weight.shape[1], group_size)
-    padded = F.pad(weight.detach().float(), (0, size * count - weight.shape[1])).unflatten(1, (count, size))
+    padded = F.pad(weight.detach().float(), (0, size * count - weight.shape[1])).view(-1, count, size)
     zeros = None
     if code == "int4":
         codes, scales = _int4(padded)

@@ -1,0 +1,155 @@
+"""Linear layers with int8 weights and activations rounded to int8 in each call; what convolutions share with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from pykd.nn.codecs.eight_bit import EightBit, dequantize_8bit, quantize_8bit
+from pykd.nn.compressed import CompressedModule
+from pykd.ops.bitmask import bitmask_pack, bitmask_unpack
+from pykd.ops.linear_8bit import linear_8bit
+
+
+class Weight8bit(CompressedModule):
+    """A weight matrix [rows, columns] in int8 with a float32 scale per row.
+
+    Files hold `qweight` int8 [rows, columns] and `scales` [rows]; or, where enough codes are zero that it is smaller,
+    `bitmask` uint8 [rows, ceil(columns / 8)] and `qvalues` int8 [nnz] instead of `qweight`.
+    """
+
+    qweight: Tensor
+    bitmask: Tensor
+    qvalues: Tensor
+    scales: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(torch.float32)
+        self.rows, self.columns = rows, columns
+        self.nnz: int | None = None
+
+    def _quantize(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
+        tensors = quantize_8bit(weight)
+        kept = int(tensors.qweight.count_nonzero())
+        self.nnz = kept if self.rows * -(-self.columns // 8) + kept < tensors.qweight.numel() else None
+        self._register(self._stored(tensors))
+
+    def _register(self, tensors: dict[str, Tensor], *, persistent: bool = True) -> None:
+        for name in list(self._buffers):
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=persistent)
+
+    def _register_empty(self, spec: dict[str, Any], device: torch.device | str | None) -> None:
+        self.dtype, self.nnz = getattr(torch, spec["dtype"]), spec["nnz"]
+        scales = torch.zeros(self.rows, device=device)
+        if self.nnz is None:
+            codes = torch.zeros(self.rows, self.columns, dtype=torch.int8, device=device)
+            self._register({"qweight": codes, "scales": scales})
+            return
+        bitmask = torch.zeros(self.rows, -(-self.columns // 8), dtype=torch.uint8, device=device)
+        qvalues = torch.zeros(self.nnz, dtype=torch.int8, device=device)
+        self._register({"bitmask": bitmask, "qvalues": qvalues, "scales": scales})
+
+    def _spec(self) -> dict[str, Any]:
+        return {"scheme": "w8a8", "nnz": self.nnz, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def _matrix(self) -> Tensor:
+        return dequantize_8bit(self._tensors()).to(self.dtype)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_8bit(x, *self._tensors(), bias=bias)
+
+    def _tensors(self) -> EightBit:
+        """The dense codes and scales, made from whatever is registered."""
+        if "qweight" in self._buffers:
+            return EightBit(self.qweight, self.scales)
+        mask = bitmask_unpack(self.bitmask, self.columns)
+        kept = int(mask.sum())
+        if kept != self.nnz:
+            raise ValueError(f"bitmask keeps {kept} weights but qvalues holds {self.nnz}: the tensors are damaged")
+        codes = torch.zeros(mask.shape, dtype=torch.int8, device=mask.device)
+        codes[mask] = self.qvalues
+        return EightBit(codes, self.scales)
+
+    def _stored(self, tensors: EightBit) -> dict[str, Tensor]:
+        if self.nnz is None:
+            return tensors._asdict()
+        mask = tensors.qweight != 0
+        return {"bitmask": bitmask_pack(mask), "qvalues": tensors.qweight[mask], "scales": tensors.scales}
+
+    def _has_layout(self) -> bool:
+        return "qweight" in self._non_persistent_buffers_set
+
+    def _pack(self) -> None:
+        if self.nnz is not None and not self._has_layout():
+            self._register(self._tensors()._asdict(), persistent=False)
+
+    def _unpack(self) -> None:
+        if self._has_layout():
+            self._register(self._canonical())
+
+    def _canonical(self) -> dict[str, Tensor]:
+        return self._stored(self._tensors()) if self._has_layout() else {}
+
+
+class Linear8bit(Weight8bit):
+    """`nn.Linear` with an int8 weight; activations are rounded to int8 per row in each call (dynamic W8A8).
+
+    The weight is frozen; gradients flow to the input (straight through its rounding) and the bias.
+
+    >>> Linear8bit.from_linear(nn.Linear(64, 16))(torch.zeros(2, 64)).shape
+    torch.Size([2, 16])
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(out_features, in_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Self:
+        """Quantize a linear layer by rounding each row to its largest magnitude / 127; the bias is shared."""
+        layer = cls(linear.in_features, linear.out_features)
+        layer._quantize(linear.weight)
+        layer.bias = linear.bias
+        layer.train(linear.training)
+        layer.finalize()
+        return layer
+
+    def spec(self) -> dict[str, Any]:
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+        return {"type": "Linear8bit", **sizes, **self._spec()}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
+        layer = cls(spec["in_features"], spec["out_features"])
+        layer._register_empty(spec, device)
+        if spec["bias"]:
+            layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))
+        return layer
+
+    def dequantize(self) -> Tensor:
+        return self._matrix()
+
+    def to_dense(self) -> nn.Linear:
+        return self.to_linear()
+
+    def to_linear(self) -> nn.Linear:
+        """The ordinary linear layer with the dequantized weight; shares the bias."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
+        dense.weight = nn.Parameter(self.dequantize())
+        dense.register_parameter("bias", self.bias)
+        return dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x, self.bias)
+
+    def extra_repr(self) -> str:
+        kept = "" if self.nnz is None else f", kept={self.nnz / (self.rows * self.columns):.3f}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{kept}"

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from pykd.errors import nearest
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.nn.compressed import CompressedModule
-from pykd.ops.bitmask import bitmask_pack, bitmask_unpack
+from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import native
 from pykd.ops.int4_r16 import (
     CODEBOOKS,
@@ -116,7 +116,7 @@ class Weight4bit(CompressedModule):
         assert scales is not None
         if "qweight" in buffers:
             return FourBit(self.qweight, scales, zeros)
-        mask = bitmask_unpack(self.bitmask, self.columns)
+        mask = unpack_bits(self.bitmask, self.columns)
         kept = int(mask.sum())
         if kept != self.nnz:
             raise ValueError(f"bitmask keeps {kept} weights but qvalues holds {self.nnz}: the tensors are damaged")
@@ -130,7 +130,7 @@ class Weight4bit(CompressedModule):
         if self.nnz is not None:
             mask = self._kept(tensors)
             kept = unpack_nibbles(tensors.qweight, self.columns)[mask]
-            stored = {"bitmask": bitmask_pack(mask), "qvalues": pack_nibbles(kept)}
+            stored = {"bitmask": pack_bits(mask), "qvalues": pack_nibbles(kept)}
         stored["scales"] = tensors.scales
         if tensors.zeros is not None:
             stored["zeros"] = tensors.zeros

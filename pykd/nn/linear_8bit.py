@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from pykd.nn.codecs.eight_bit import EightBit, dequantize_8bit, quantize_8bit
 from pykd.nn.compressed import CompressedModule
-from pykd.ops.bitmask import bitmask_pack, bitmask_unpack
+from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.linear_8bit import linear_8bit
 
 
@@ -69,7 +69,7 @@ class Weight8bit(CompressedModule):
         """The dense codes and scales, made from whatever is registered."""
         if "qweight" in self._buffers:
             return EightBit(self.qweight, self.scales)
-        mask = bitmask_unpack(self.bitmask, self.columns)
+        mask = unpack_bits(self.bitmask, self.columns)
         kept = int(mask.sum())
         if kept != self.nnz:
             raise ValueError(f"bitmask keeps {kept} weights but qvalues holds {self.nnz}: the tensors are damaged")
@@ -81,7 +81,7 @@ class Weight8bit(CompressedModule):
         if self.nnz is None:
             return tensors._asdict()
         mask = tensors.qweight != 0
-        return {"bitmask": bitmask_pack(mask), "qvalues": tensors.qweight[mask], "scales": tensors.scales}
+        return {"bitmask": pack_bits(mask), "qvalues": tensors.qweight[mask], "scales": tensors.scales}
 
     def _has_layout(self) -> bool:
         return "qweight" in self._non_persistent_buffers_set

@@ -1,0 +1,127 @@
+"""A finished run as files: report.json with everything, report.html to look at, report.md to paste."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pykd.data.bundle import DataBundle
+from pykd.evaluation.comparison import Comparison
+from pykd.evaluation.environment import environment
+from pykd.evaluation.page import render
+from pykd.io.files import atomic_write
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """How one model of a comparison was made: seconds it took, and what the verb left in ``model.pykd_report``.
+
+    A list of dicts under ``details["curve"]`` (with ``step`` and losses) becomes a training curve.
+    """
+
+    seconds: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Story:
+    """Everything the three files tell."""
+
+    title: str
+    description: str
+    created: str
+    comparison: Comparison
+    data: DataBundle
+    stages: Mapping[str, StageRecord]
+    settings: Mapping[str, Any]
+    remarks: Sequence[str]
+    environment: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "title": self.title,
+            "description": self.description,
+            "created": self.created,
+            "environment": dict(self.environment),
+            "data": self.data.describe(),
+            "settings": dict(self.settings),
+            "comparison": self.comparison.to_dict(),
+            "remarks": list(self.remarks),
+            "stages": {name: asdict(record) for name, record in self.stages.items()},
+            "reports": [report.to_dict() for report in self.comparison.reports],
+        }
+
+
+def write_report(
+    directory: str | os.PathLike[str],
+    comparison: Comparison,
+    data: DataBundle,
+    *,
+    title: str,
+    description: str = "",
+    stages: Mapping[str, StageRecord] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    remarks: Sequence[str] = (),
+) -> Path:
+    """Write report.json, report.html (one file that opens offline) and report.md into ``directory``; the HTML's path.
+
+    data: the bundle that the models were measured on, for pictures of their errors. stages: by report name, how each
+    model was made. settings: hyperparameters, nested as they may be (a recipe). remarks: sentences that belong to the
+    result besides those of the comparison. The machine and the versions are those of the calling process.
+
+    Raises ValueError for a stage that is not among the reports, or other data; ArtifactError when the disk refuses.
+    """
+    names = [report.name for report in comparison.reports]
+    unknown = sorted(set(stages or {}) - set(names))
+    if unknown:
+        raise ValueError(f"stage {unknown[0]!r} has no report; the reports are {', '.join(names)}")
+    story = Story(
+        title=title,
+        description=description,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        comparison=comparison,
+        data=data,
+        stages=stages or {},
+        settings=settings or {},
+        remarks=remarks,
+        environment=environment(),
+    )
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "report.json": json.dumps(story.to_dict(), indent=1, allow_nan=False, default=str) + "\n",
+        "report.md": markdown(story),
+        "report.html": render(story),
+    }
+    for name, content in contents.items():
+        atomic_write(folder / name, content.encode())
+    return folder / "report.html"
+
+
+def markdown(story: Story) -> str:
+    """The report as Markdown: the table, the remarks, the data, the machine."""
+    environment, data = story.environment, story.data.describe()
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    gpu = f"; {environment['gpu']}" if environment["gpu"] else ""
+    lines = [
+        f"# {story.title}",
+        *([story.description] if story.description else []),
+        story.comparison.markdown().rstrip(),
+        *(["\n".join(f"- {remark}" for remark in story.remarks)] if story.remarks else []),
+        f"Data: {data['name']}, {data['train_size']:,} to train on, {data['test_size']:,} held out, "
+        f"{len(data['class_names'])} classes.",
+        f"Machine: {environment['cpu']} ({environment['cpu_count']} cores, {environment['isa']}), "
+        f"{environment['threads']} threads{gpu}; {environment['system']}.",
+        f"Versions: Python {environment['python']}, {versions}.",
+        f"Written {story.created}.",
+    ]
+    return "\n\n".join(lines) + "\n"

@@ -44,9 +44,7 @@ def select_layers(
     >>> select_layers(model, LINEAR)
     Selection(chosen={'0': Linear(in_features=4, out_features=4, bias=True)}, skipped={'2': 'output head'})
     """
-    layers: dict[str, nn.Module] = {
-        n: module for n, module in model.named_modules() if isinstance(module, tuple(kinds))
-    }
+    layers = layers_of(model, kinds)
     for pattern in (*(include or ()), *(exclude or ())):
         _require_match(pattern, layers)
     heads, unsafe = output_heads(model), _unsafe(model, layers, kinds)
@@ -68,6 +66,11 @@ def select_layers(
         left_out = "; ".join(f"{name}: {why}" for name, why in list(selection.skipped.items())[:3])
         raise ValueError(f"no {kind} layer of {type(model).__name__} is left to work on ({left_out or 'it has none'})")
     return selection
+
+
+def layers_of(model: nn.Module, kinds: Collection[type[nn.Module]]) -> dict[str, nn.Module]:
+    """The model's modules of these classes and their subclasses, by name, in module order."""
+    return {name: module for name, module in model.named_modules() if any(isinstance(module, kind) for kind in kinds)}
 
 
 def matches(name: str, pattern: str) -> bool:

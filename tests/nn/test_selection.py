@@ -95,11 +95,11 @@ def test_heads_of_hugging_face_models() -> None:
         "pre_classifier",
         "classifier",
     ]
-    llama = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=9))
+    llama = LlamaForCausalLM(LlamaConfig(**shape))
     assert output_heads(llama) >= {llama.lm_head} and llama.model.layers[0].mlp.up_proj not in output_heads(llama)
     t5 = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9))
     assert t5.lm_head in output_heads(t5)
-    base = Base(BertConfig(**shape, vocab_size=9))
+    base = Base(BertConfig(**shape))
     assert "pooler.dense" in select_layers(base, LINEAR).chosen
 
 

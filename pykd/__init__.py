@@ -25,6 +25,7 @@ _LAZY: dict[str, str] = {
     "prune": "pykd.pruning",
     "linear_4bit": "pykd.ops.linear_4bit",
     "linear_8bit": "pykd.ops.linear_8bit",
+    "quantize": "pykd.quantization",
     "save_pretrained": "pykd.io.save",
     "sparse_linear": "pykd.ops.sparse_linear",
 }

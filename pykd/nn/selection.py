@@ -35,7 +35,7 @@ def select_layers(
 ) -> Selection:
     """Layers of exactly these classes whose names the patterns admit.
 
-    include: shell patterns of layer names, or names of modules that contain layers; None takes every layer but the
+    include: shell patterns of the names of layers, or of modules that contain layers; None takes every layer but the
     output heads. exclude: patterns that always win. A layer stays out, and is named with the reason, when its weight is
     shared with another module, when nn.MultiheadAttention reads it directly, or when it is the model itself.
     Raises ValueError for a pattern that matches no layer, and when nothing is left.
@@ -74,8 +74,13 @@ def layers_of(model: nn.Module, kinds: Collection[type[nn.Module]]) -> dict[str,
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a layer has this name, fits this shell pattern, or lies in the module of this name."""
-    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+    """Whether a shell pattern fits the name of a layer, or of a module that it lies in.
+
+    >>> matches("encoder.layer.0.dense", "encoder.layer.?"), matches("encoder.layer.10.dense", "encoder.layer.1")
+    (True, False)
+    """
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:

@@ -48,8 +48,6 @@ def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -
         codes, scales, zeros = _uint4(padded)
     else:
         codes, scales = _codebook(padded, torch.tensor(CODEBOOKS[code], device=weight.device))
-    if not torch.isfinite(scales).all():
-        raise ValueError("weights are too large for float16 scales (above about 450000): scale the layer down first")
     packed = pack_nibbles(codes.flatten(1)[:, : weight.shape[1]])
     return FourBit(packed, scales, None if zeros is None else pack_nibbles(zeros))
 
@@ -71,6 +69,9 @@ def _check(weight: Tensor, code: str, group_size: int) -> None:
         raise ValueError(f"group_size must be at least 1, got {group_size}: use 32, 64, 128 or in_features")
     if not torch.isfinite(weight).all():
         raise ValueError("weight holds NaN or infinite values: repair or retrain the layer before quantizing it")
+    limit = torch.finfo(torch.float16).max * (1 if code in CODEBOOKS else 7)
+    if weight.abs().max() > limit:
+        raise ValueError(f"weights above {limit:.0f} are too large for float16 scales of {code}: rescale the layer")
 
 
 def _divide(weight: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+"""Linear4bit: the same function as its dense layer, one copy in memory, canonical tensors in files."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pykd.nn import COMPRESSED, Linear4bit
+from pykd.nn import linear_4bit as module
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"scheme": "nf4", "group_size": 64},
+    {"scheme": "fp4", "group_size": None},
+    {"symmetric": False, "group_size": 20},
+]
+
+
+def layer(case: dict[str, Any], *, zeros: float = 0.0, bias: bool = True) -> tuple[nn.Linear, Linear4bit]:
+    linear = nn.Linear(67, 45, bias=bias)
+    with torch.no_grad():
+        linear.weight[torch.rand(45, 67) < zeros] = 0
+    return linear, Linear4bit.from_linear(linear, **case)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.7])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_computes_what_its_dense_layer_computes(case: dict[str, Any], zeros: float) -> None:
+    linear, compressed = layer(case, zeros=zeros)
+    dense = compressed.to_dense()
+    x = torch.randn(3, 5, 67)
+    torch.testing.assert_close(compressed(x), dense(x), rtol=1e-5, atol=1e-5)
+    assert dense.bias is linear.bias
+    assert torch.equal(compressed.weight, compressed.dequantize()) and compressed.weight.shape == linear.weight.shape
+    assert (compressed.weight[linear.weight == 0] == 0).all()
+    assert (compressed(x) - linear(x)).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("zeros", [0.0, 0.7])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_spec_and_state_dict_rebuild_it(case: dict[str, Any], zeros: float, device: str, tmp_path: Path) -> None:
+    _, compressed = layer(case, zeros=zeros)
+    spec = compressed.spec()
+    state = compressed.state_dict()
+    codes = {"bitmask", "qvalues"} if zeros else {"qweight"}
+    assert set(state) == codes | {"scales", "bias"} | (set() if case.get("symmetric", True) else {"zeros"})
+    save_file(state, tmp_path / "layer.safetensors")
+    again = COMPRESSED[spec["type"]].from_spec(spec, device=device)
+    assert {name: (t.shape, t.dtype) for name, t in again.state_dict().items()} == {
+        name: (t.shape, t.dtype) for name, t in state.items()
+    }
+    again.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
+    x = torch.randn(4, 67)
+    assert torch.equal(again(x), compressed(x))
+    assert again.spec() == spec
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_tensors_set_from_outside_are_packed_by_finalize() -> None:
+    _, compressed = layer({})
+    again = Linear4bit.from_spec(compressed.spec(), device="meta")
+    again.finalize()
+    assert not again.finalized
+    for name, tensor in compressed.state_dict().items():
+        setattr(again, name, nn.Parameter(tensor) if name == "bias" else tensor)
+    x = torch.randn(2, 67)
+    torch.testing.assert_close(again(x), compressed(x), rtol=1e-5, atol=1e-5)  # works unpacked too
+    again.finalize()
+    again.finalize()
+    assert torch.equal(again(x), compressed(x))
+
+
+def test_one_copy_in_memory_and_less_on_disk() -> None:
+    compressed = Linear4bit.from_linear(nn.Linear(512, 256, bias=False))
+    stored = sum(t.nbytes for t in compressed.state_dict().values())
+    resident = sum(t.nbytes for t in compressed.buffers())
+    assert resident <= 1.05 * stored
+    assert stored <= 512 * 256 * (0.5 + 2 / 32)
+    sparse = nn.Linear(512, 256, bias=False)
+    with torch.no_grad():
+        sparse.weight[torch.rand(256, 512) < 0.8] = 0
+    both = sum(t.nbytes for t in Linear4bit.from_linear(sparse).state_dict().values())
+    assert both <= 512 * 256 * (1 / 8 + 0.21 / 2 + 2 / 32)
+
+
+def test_copies_pickles_and_keeps_its_element_types() -> None:
+    linear, compressed = layer({"scheme": "nf4"}, zeros=0.7)
+    x = torch.randn(2, 67)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(compressed)))
+    assert torch.equal(again(x), compressed(x))
+    again.to(torch.bfloat16)
+    assert again.weight.dtype == torch.bfloat16 and again.bias.dtype == torch.bfloat16
+    assert again.state_dict()["scales"].dtype == torch.float16
+    assert again(x.bfloat16()).dtype == torch.bfloat16
+    assert again.float().dequantize().equal(compressed.dequantize())
+    assert linear.bias.dtype == torch.float32
+
+
+def test_moves_between_devices_through_the_canonical_tensors() -> None:
+    _, compressed = layer({}, zeros=0.7)
+    moved = copy.deepcopy(compressed).to("meta")
+    assert set(dict(moved.named_buffers())) == {"bitmask", "qvalues", "scales"}
+    assert all(tensor.is_meta for tensor in moved.buffers())
+
+
+def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "native", None)
+    for zeros in (0.0, 0.7):
+        _, compressed = layer({"symmetric": False}, zeros=zeros)
+        x = torch.randn(2, 67)
+        torch.testing.assert_close(compressed(x), compressed.to_dense()(x), rtol=1e-5, atol=1e-5)
+        again = Linear4bit.from_spec(compressed.spec())
+        again.load_state_dict(compressed.state_dict())
+        assert torch.equal(again(x), compressed(x))
+
+
+def test_trains_input_and_bias_only() -> None:
+    _, compressed = layer({})
+    assert [name for name, _ in compressed.named_parameters()] == ["bias"]
+    x = torch.randn(3, 67, requires_grad=True)
+    compressed(x).square().sum().backward()
+    dense = compressed.to_dense()
+    copied = x.detach().clone().requires_grad_()
+    compressed_bias = compressed.bias.grad.clone()
+    compressed.bias.grad = None
+    dense(copied).square().sum().backward()
+    torch.testing.assert_close(x.grad, copied.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compressed_bias, dense.bias.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_and_exports() -> None:
+    model = nn.Sequential(layer({})[1], nn.ReLU())
+    x = torch.randn(3, 67)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_repr_says_what_it_is() -> None:
+    text = repr(layer({"symmetric": False}, zeros=0.7)[1])
+    assert "in_features=67, out_features=45, bias=True, scheme=w4a16, group_size=32, asymmetric, kept=0." in text
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ({"scheme": "w4a61"}, "unknown 4-bit scheme 'w4a61': did you mean 'w4a16'"),
+        ({"scheme": "nf4", "symmetric": False}, "symmetric=False goes with scheme 'w4a16' only, got 'nf4'"),
+    ],
+)
+def test_errors(case: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer(case)
+
+
+def test_a_damaged_bitmask_is_an_error() -> None:
+    _, compressed = layer({}, zeros=0.7)
+    state: dict[str, Tensor] = dict(compressed.state_dict())
+    state["bitmask"] = state["bitmask"] ^ 1
+    with pytest.raises(ValueError, match=r"bitmask keeps \d+ weights but qvalues holds \d+: the tensors are damaged"):
+        Linear4bit.from_spec(compressed.spec()).load_state_dict(state)

@@ -15,10 +15,13 @@ FORBIDDEN = {
 
 
 def violations(path: pathlib.Path) -> list[str]:
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        found += [f"{path}:{number}: {what}: {line.strip()[:100]}" for what, pattern in FORBIDDEN.items() if pattern.search(line)]
-    return found
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [
+        f"{path}:{number}: {what}: {line.strip()[:100]}"
+        for number, line in enumerate(lines, 1)
+        for what, pattern in FORBIDDEN.items()
+        if pattern.search(line)
+    ]
 
 
 if __name__ == "__main__":

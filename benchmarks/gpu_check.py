@@ -45,13 +45,15 @@ def run(command: list[str], seconds: float, **environment: str) -> dict[str, Any
     except subprocess.TimeoutExpired as error:
         status, output = f"stopped after {seconds:.0f} s", (error.stdout or b"").decode(errors="replace")
     print(output[-4000:], flush=True)
-    return {"command": " ".join(command), "status": status, "seconds": round(time.monotonic() - started, 1), "tail": output[-4000:]}
+    seconds_taken = round(time.monotonic() - started, 1)
+    return {"command": " ".join(command), "status": status, "seconds": seconds_taken, "tail": output[-4000:]}
 
 
 def build(major: int, minor: int) -> list[dict[str, Any]]:
     """Configure, compile for this GPU's architecture and lay out an importable package in STAGE."""
     has_pybind = importlib.util.find_spec("pybind11") is not None
-    options = [f"-DPYKD_PYTHON={'ON' if has_pybind else 'OFF'}", "-DPYKD_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    python = "ON" if has_pybind else "OFF"
+    options = [f"-DPYKD_PYTHON={python}", "-DPYKD_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     if has_pybind:
         import pybind11
 

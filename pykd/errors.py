@@ -15,7 +15,7 @@ class ModelLoadError(PykdError, RuntimeError):
 
 
 class ArtifactError(PykdError, RuntimeError):
-    """A file or folder that pykd reads or writes is truncated, tampered with, of another format, or cannot be written."""
+    """A file or folder is truncated, tampered with, of another format, or cannot be written."""
 
 
 class DataError(PykdError, ValueError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import weakref
 from typing import NamedTuple
 
@@ -10,7 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bitmask import PackedSparse, bitmask_expand, bitmask_expand_reference, bitmask_gather, check_packed
-from .dispatch import DTYPE_CODES, TABLE, Route, dtype_code, lib, native, num_threads
+from .dispatch import (
+    DTYPE_CODES,
+    TABLE,
+    Route,
+    check_cuda,
+    cuda_library,
+    cuda_stream,
+    dtype_code,
+    lib,
+    native,
+    num_threads,
+    triton_available,
+)
 
 
 def sparse_linear_reference(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -> Tensor:
@@ -109,16 +123,20 @@ _DENSE = 0.65
 _EXPAND = {"scalar": (1, 0.4), "avx2": (1, 0.4), "avx512": (4, 0.25)}
 
 
-def route(density: float, rows: int) -> str:
-    """Which CPU implementation serves a weight of this density with so many rows of x: expand, panels or dense.
+#: Multiply-adds of a dense call below which it is over before a sparse kernel has begun.
+_SMALL = 1 << 19
 
-    >>> route(0.9, 1), route(0.1, 128)
+
+def route(density: float, rows: int, cells: int) -> str:
+    """Which CPU implementation serves a weight of this density and number of cells: expand, panels or dense.
+
+    >>> route(0.9, 1, 768 * 768), route(0.1, 128, 768 * 768)
     ('dense', 'panels')
     """
     if native is None:
         return "reference"
     most_rows, least_density = _EXPAND[native.isa()]
-    if density > _DENSE:
+    if density > _DENSE or rows * cells < _SMALL:
         return "dense"
     return "expand" if rows <= most_rows and density > least_density else "panels"
 
@@ -173,7 +191,7 @@ def _sparse_linear_cpu(
     layout = _layout(PackedSparse(bitmask, values, in_features))
     out_features = bitmask.shape[0]
     rows = x.shape[:-1].numel()
-    chosen = route(layout.density, rows)
+    chosen = route(layout.density, rows, in_features * out_features)
     if chosen == "reference" or 0 in (rows, in_features, out_features):
         return sparse_linear_reference(x, layout.packed, bias)
     if chosen == "dense":
@@ -219,6 +237,48 @@ def _run_panels(x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> N
     )  # fmt: skip
 
 
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+_GEMV_ROWS = 8  # rows of x up to which a warp per row of W beats expanding tiles for the tensor cores
+
+
+def _sparse_linear_cuda(
+    x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None = None
+) -> Tensor:
+    _check(x, values, bitmask, in_features, bias)
+    layout = _layout(PackedSparse(bitmask, values, in_features))
+    rows, out_features, library = x.shape[:-1].numel(), bitmask.shape[0], cuda_library()
+    if 0 in (rows, in_features, out_features) or (library is None and not triton_available()):
+        return sparse_linear_reference(x, layout.packed, bias)
+    flat = x.reshape(rows, in_features).contiguous()
+    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
+    bias = None if bias is None else _float32(bias)
+    with torch.cuda.device(x.device):
+        if library is not None and (rows <= _GEMV_ROWS or not triton_available()):
+            _launch(library, flat, layout, bias, y)
+        else:
+            _triton(flat, layout, bias, y.view(rows, out_features))
+    return y
+
+
+def _launch(library: ctypes.CDLL, x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> None:
+    pointers = (x, layout.packed.bitmask, layout.packed.values, layout.offsets, bias, y)
+    sizes = (x.shape[0], x.shape[1], layout.packed.out_features)
+    code = library.pykd_cuda_sparse_linear(
+        *(ctypes.c_void_p(_address(tensor)) for tensor in pointers),
+        *(ctypes.c_int64(size) for size in sizes),
+        ctypes.c_int(dtype_code(x)),
+        ctypes.c_int(dtype_code(layout.packed.values)),
+        ctypes.c_void_p(cuda_stream(x.device)),
+    )
+    check_cuda(code, "sparse_linear")
+
+
+def _triton(x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> None:
+    kernel = importlib.import_module("pykd.kernels.sparse_linear")
+    kernel.sparse_linear(x, layout.packed.bitmask, layout.packed.values, layout.offsets, bias, y)
+
+
 def _sparse_linear_any(
     x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None = None
 ) -> Tensor:
@@ -231,6 +291,7 @@ def _sparse_linear_any(
 _SCHEMA = "sparse_linear(Tensor x, Tensor values, Tensor bitmask, int in_features, Tensor? bias=None) -> Tensor"
 lib.define(_SCHEMA)  # type: ignore[no-untyped-call]
 torch.library.impl(lib, "sparse_linear", "CPU")(_sparse_linear_cpu)
+torch.library.impl(lib, "sparse_linear", "CUDA")(_sparse_linear_cuda)
 torch.library.impl(lib, "sparse_linear", "CompositeExplicitAutograd")(_sparse_linear_any)
 
 
@@ -263,9 +324,18 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("pykd::sparse_linear", _backward, setup_context=_setup, lib=lib)
 
 if native is not None:
-    TABLE.append(Route("sparse_linear", "cpu", f"density above {_DENSE}", "dense weight kept, torch"))
+    TABLE.append(
+        Route(
+            "sparse_linear",
+            "cpu",
+            f"density above {_DENSE}, or rows * out * in below {_SMALL}",
+            "dense weight kept, torch",
+        )
+    )
     for _level, (_rows, _density) in _EXPAND.items():
         _when = f"isa {_level}: density {_density} to {_DENSE}, up to {_rows} rows"
         TABLE.append(Route("sparse_linear", "cpu", _when, "native, expanded on the way"))
     TABLE.append(Route("sparse_linear", "cpu", "otherwise", "native, panels"))
+TABLE.append(Route("sparse_linear", "cuda", f"CUDA library, up to {_GEMV_ROWS} rows or no Triton", "cuda"))
+TABLE.append(Route("sparse_linear", "cuda", "Triton", "triton"))
 TABLE.append(Route("sparse_linear", "any", "otherwise", "reference"))

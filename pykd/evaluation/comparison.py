@@ -42,9 +42,13 @@ class Comparison:
     ratios: tuple[Ratios, ...]
     remarks: tuple[str, ...]
 
-    def text(self) -> str:
-        """The table in aligned columns, then the remarks: what the command line prints."""
-        return "\n".join([*_aligned(self.cells()), *([""] if self.remarks else []), *self.remarks])
+    def text(self, *, width: int | None = None) -> str:
+        """The table in aligned columns, then the remarks: what the command line prints.
+
+        width: characters of a line; a wider table continues below itself, with the names repeated. None: no limit.
+        """
+        blocks = ["\n".join(_aligned(block)) for block in _blocks(self.cells(), width)]
+        return "\n\n".join([*blocks, *(["\n".join(self.remarks)] if self.remarks else [])])
 
     def markdown(self) -> str:
         """The table and the remarks in Markdown."""
@@ -142,6 +146,18 @@ def _speed(now: Report, before: Report) -> tuple[float, bool]:
 
 def _count(number: int) -> str:
     return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number:,}"
+
+
+def _blocks(rows: list[list[str]], width: int | None) -> list[list[list[str]]]:
+    """The table cut into tables of at most ``width`` characters, each with the first column and at least one more."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    blocks: list[list[int]] = [[0]]
+    for column in range(1, len(widths)):
+        needed = sum(widths[other] + 2 for other in blocks[-1]) + widths[column]
+        if width is not None and needed > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+        blocks[-1].append(column)
+    return [[[row[column] for column in block] for row in rows] for block in blocks]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

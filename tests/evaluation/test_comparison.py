@@ -31,6 +31,15 @@ def test_the_table_is_aligned_and_complete(reports: list[Report]) -> None:
     assert lines[3].split()[0] == "1-distill" and "4.00x" in lines[3] and "2.00x" in lines[3]
 
 
+def test_a_narrow_terminal_gets_the_table_in_parts(reports: list[Report]) -> None:
+    parts = compare(reports).text(width=60)
+    blocks = parts.split("\n\n")[:-1]
+    assert len(blocks) == 3 and max(len(line) for block in blocks for line in block.splitlines()) <= 60
+    assert all(block.startswith("model ") and "2-prune" in block for block in blocks)
+    assert all(cell in parts for row in compare(reports).cells() for cell in row)
+    assert len(compare(reports).text(width=1).split("\n\n")) == 16, "each part has at least one column"
+
+
 def test_markdown_is_a_table_then_remarks(reports: list[Report]) -> None:
     text = compare([make_report("a|b"), *reports[1:]]).markdown()
     assert "| a\\|b |" in text and text.splitlines()[1].startswith("| --- | ---: |")

@@ -1,7 +1,6 @@
 """Native CPU kernels: addresses and sizes in, nothing checked. Use pykd.ops."""
 
 version: str
-emulated: tuple[str, ...]
 
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

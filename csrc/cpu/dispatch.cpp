@@ -24,15 +24,11 @@ bool has_avx2() {
 }
 
 bool has_avx512() {
-#ifdef PYKD_EMULATE_AVX512
-  return has_avx2();
-#else
   __builtin_cpu_init();
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512vbmi2");
-#endif
 }
 #endif
 
@@ -80,9 +76,6 @@ const Level* choose() {
                                 known() + ", or unset it");
   }
   const Level* best = &kLevels[0];
-#ifdef PYKD_EMULATE_AVX512
-  if (const Level* level = find("avx2")) return level;
-#endif
   for (const Level& level : kLevels)
     if (level.runs_here()) best = &level;
   return best;

@@ -10,12 +10,7 @@
 
 #include "ops.h"
 
-#if defined(PYKD_LEVEL_avx512) && defined(PYKD_EMULATE_AVX512)
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#include <simde/x86/fma.h>
-#elif defined(PYKD_LEVEL_avx2) || defined(PYKD_LEVEL_avx512)
+#if defined(PYKD_LEVEL_avx2) || defined(PYKD_LEVEL_avx512)
 // GCC 12 warns about its own intrinsics that start from an undefined vector (GCC bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

@@ -21,7 +21,7 @@ TABLE.extend(
 lib.define("linear_8bit(Tensor x, Tensor qweight, Tensor scales, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 
 #: Without VNNI torch._int_mm is a plain loop on the CPU, many times slower than a float32 product.
-_VNNI = native is not None and "avx512" in native.isa_levels() and "avx512" not in native.emulated
+_VNNI = native is not None and "avx512" in native.isa_levels()
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

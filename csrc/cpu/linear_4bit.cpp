@@ -17,15 +17,19 @@ namespace {
 constexpr int kStrip = 32;
 constexpr int64_t kScaleBytes = kStrip * 2;
 
-// Register tile: kVectors vectors of outputs x at most kRows rows of activations.
+// Register tile: vectors(rows) vectors of outputs x at most kRows rows of activations. From kSlabFrom rows on (for a
+// codebook kSlabFromTable, whose decoding is dearer) weights are decoded once into a slab instead of once per panel.
 #if defined(PYKD_LEVEL_avx512)
 constexpr int kRows = 12;  // 2 x 12 accumulators of 32 registers
+constexpr int64_t kSlabFrom = 96, kSlabFromTable = 96;
 constexpr int vectors(int) { return 2; }
 #elif defined(PYKD_LEVEL_avx2)
 constexpr int kRows = 6;  // 2 x 6 accumulators of 16 registers
-constexpr int vectors(int rows) { return rows <= 3 ? 4 : 2; }
+constexpr int64_t kSlabFrom = 8, kSlabFromTable = 6;
+constexpr int vectors(int rows) { return rows <= 2 ? 4 : 2; }
 #else
 constexpr int kRows = 4;
+constexpr int64_t kSlabFrom = 8, kSlabFromTable = 8;
 constexpr int vectors(int) { return 2; }
 #endif
 
@@ -45,10 +49,11 @@ struct Shape {
   int64_t size(int64_t g) const { return g + 1 < groups ? padded_group : padded_last; }  // k of group g in the layout
 };
 
-// --- activations ------------------------------------------------------------------------------------------------------
+// --- activations
+// ------------------------------------------------------------------------------------------------------
 
-// Panel: [padded_k][rows] floats, zero where the layout pads. Where the decoder leaves a weight multiplied by a power of
-// two, the activation is divided by it: exact above 2^-102, and below that the product is under 2^-98 of the scale.
+// Panel: [padded_k][rows] floats, zero where the layout pads. Where the decoder leaves a weight multiplied by a power
+// of two, the activation is divided by it: exact above 2^-102, and below that the product is under 2^-98 of the scale.
 template <class T, bool kPlaced>
 void pack_panel(const T* x, int64_t stride, int rows, const Linear4bitArgs& a, const Shape& s, float* panel) {
   float factor[8];
@@ -66,7 +71,8 @@ void pack_panel(const T* x, int64_t stride, int rows, const Linear4bitArgs& a, c
   }
 }
 
-// --- register tile ----------------------------------------------------------------------------------------------------
+// --- register tile
+// ----------------------------------------------------------------------------------------------------
 
 template <int kk, int NV, int MR, class Decoder>
 PYKD_INLINE void multiply(const Decoder& decoder, const Words (&words)[NV], const float* x, F32 (&sum)[NV][MR]) {
@@ -114,7 +120,8 @@ void tile(Decoder decoder, const Shape& s, const uint8_t* strip, int row, const 
   }
 }
 
-// --- a strip of outputs for a panel of activations ---------------------------------------------------------------------
+// --- a strip of outputs for a panel of activations
+// ---------------------------------------------------------------------
 
 template <int MR, template <int> class Decoder>
 PYKD_INLINE void strip_rows(const Linear4bitArgs& a, const Shape& s, const uint8_t* strip, const float* panel,
@@ -141,52 +148,107 @@ float bias_at(const Linear4bitArgs& a, int64_t i) {
   return to_float(static_cast<const F16*>(a.bias)[i]);
 }
 
-template <class T>
-void write_out(const Linear4bitArgs& a, const float* total, int64_t strip, int64_t row, int rows) {
-  const int64_t first = strip * kStrip, left = a.out_features - first;
-  const int count = static_cast<int>(left < kStrip ? left : kStrip);
-  float bias[kStrip];
+// total[rows][Outputs] + bias -> y[row ...][first ...]
+template <class T, int Outputs>
+void write_out(const Linear4bitArgs& a, const float* total, int64_t first, int64_t row, int rows) {
+  const int64_t left = a.out_features - first;
+  const int count = static_cast<int>(left < Outputs ? left : Outputs);
+  float bias[Outputs];
   for (int i = 0; i < count; ++i) bias[i] = bias_at(a, first + i);
-  for (int m = 0; m < rows; ++m, total += kStrip) {
+  for (int m = 0; m < rows; ++m, total += Outputs) {
     T* y = static_cast<T*>(a.y) + (row + m) * a.out_features + first;
     int i = 0;
     for (; i + kWidth <= count; i += kWidth) store(y + i, add(load(total + i), load(bias + i)));
-    if (i < count) store_n(y + i, add(load_n(total + i, count - i, 0.0f), load_n(bias + i, count - i, 0.0f)), count - i);
+    if (i < count)
+      store_n(y + i, add(load_n(total + i, count - i, 0.0f), load_n(bias + i, count - i, 0.0f)), count - i);
   }
 }
 
-// --- the call -----------------------------------------------------------------------------------------------------------
+// --- many rows: a decoded slab
+// -------------------------------------------------------------------------------------------
 
-// Rows [first, last) of panel p when `rows` rows are spread evenly over `panels` panels.
-int64_t panel_row(int64_t p, int64_t rows, int64_t panels) { return rows * p / panels; }
+constexpr int64_t kSlab = 256;   // k at a time: 16 outputs x 256 k floats are half of a 32 KB first-level cache
+constexpr int kSlabVectors = 2;  // outputs of a slab, in vectors
+constexpr int kSlabOutputs = kSlabVectors * kWidth;
 
-template <class T, template <int> class Decoder>
-void block_of_rows(const Linear4bitArgs& a, const Shape& s, int64_t first, int64_t rows) {
-  const int64_t panels = (rows + kRows - 1) / kRows, strips = (a.out_features + kStrip - 1) / kStrip;
-  const T* x = static_cast<const T*>(a.x) + first * a.x_stride;
-  parallel_for(panels, 1 + (1 << 15) / (kRows * s.padded_k), a.threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t row = panel_row(p, rows, panels);
-      pack_panel<T, Decoder<1>::kPlaced>(x + row * a.x_stride, a.x_stride,
-                                         static_cast<int>(panel_row(p + 1, rows, panels) - row), a, s,
-                                         a.scratch + row * s.padded_k);
+// slab[k][kSlabOutputs] = weights of k in [first, last), scaled, for outputs from `row` on. (code - 8) * scale and
+// (code - zero) * scale are exact in float32.
+template <class Decoder>
+void decode_slab(Decoder decoder, const Shape& s, const uint8_t* strip, int row, const uint8_t* zeros,
+                 int64_t zero_step, int64_t first, int64_t last, float* slab) {
+  int64_t g = first / s.padded_group;
+  for (int64_t k = first; k < last; ++g) {
+    const uint8_t* block = strip + s.zero_bytes + g * (kScaleBytes + s.padded_group * (kStrip / 2));
+    const int64_t start = g * s.padded_group, end = start + s.size(g);
+    F32 scale[kSlabVectors];
+    for (int i = 0; i < kSlabVectors; ++i) {
+      scale[i] = load(reinterpret_cast<const F16*>(block) + row + i * kWidth);
+      decoder.group(i, zeros + g * zero_step + row + i * kWidth);
     }
-  });
-  // Few strips: threads share a strip and split its panels.
-  const int64_t pieces = strips >= 4 * a.threads ? 1 : panels;
-  const int64_t work = kStrip * s.padded_k * (rows / pieces + 1);
-  parallel_for(strips * pieces, 1 + (1 << 15) / work, a.threads, [&](int64_t begin, int64_t end, int) {
-    alignas(64) float total[kRows * kStrip];
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t strip = item / pieces, piece = item % pieces;
-      const uint8_t* weights = a.packed + strip * s.strip_bytes;
-      for (int64_t p = panels * piece / pieces; p < panels * (piece + 1) / pieces; ++p) {
-        const int64_t row = panel_row(p, rows, panels);
-        const int count = static_cast<int>(panel_row(p + 1, rows, panels) - row);
-        strip_panel<Decoder>(count, a, s, weights, a.scratch + row * s.padded_k, total);
-        write_out<T>(a, total, strip, first + row, count);
+    const uint8_t* line = block + kScaleBytes + (k - start) / 8 * (4 * kStrip) + row * 4;
+    for (; k < last && k < end; k += 8, line += 4 * kStrip, slab += 8 * kSlabOutputs)
+      for (int i = 0; i < kSlabVectors; ++i) {
+        const Words words = load_words(line + i * kWidth * 4);
+        float* to = slab + i * kWidth;
+        store(to + 0 * kSlabOutputs, mul(decoder.template decode<0>(words, i), scale[i]));
+        store(to + 1 * kSlabOutputs, mul(decoder.template decode<1>(words, i), scale[i]));
+        store(to + 2 * kSlabOutputs, mul(decoder.template decode<2>(words, i), scale[i]));
+        store(to + 3 * kSlabOutputs, mul(decoder.template decode<3>(words, i), scale[i]));
+        store(to + 4 * kSlabOutputs, mul(decoder.template decode<4>(words, i), scale[i]));
+        store(to + 5 * kSlabOutputs, mul(decoder.template decode<5>(words, i), scale[i]));
+        store(to + 6 * kSlabOutputs, mul(decoder.template decode<6>(words, i), scale[i]));
+        store(to + 7 * kSlabOutputs, mul(decoder.template decode<7>(words, i), scale[i]));
       }
+  }
+}
+
+// total[m][kSlabOutputs] += panel[k][m] * slab[k]
+template <int MR>
+void multiply_slab(const float* slab, const float* panel, int64_t count, float* total) {
+  F32 sum[kSlabVectors][MR];
+  for (int m = 0; m < MR; ++m)
+    for (int i = 0; i < kSlabVectors; ++i) sum[i][m] = load(total + m * kSlabOutputs + i * kWidth);
+  for (int64_t k = 0; k < count; ++k, slab += kSlabOutputs, panel += MR) {
+    F32 w[kSlabVectors];
+    for (int i = 0; i < kSlabVectors; ++i) w[i] = load(slab + i * kWidth);
+    for (int m = 0; m < MR; ++m) {
+      const F32 value = set1(panel[m]);
+      for (int i = 0; i < kSlabVectors; ++i) sum[i][m] = fma(w[i], value, sum[i][m]);
     }
+  }
+  for (int m = 0; m < MR; ++m)
+    for (int i = 0; i < kSlabVectors; ++i) store(total + m * kSlabOutputs + i * kWidth, sum[i][m]);
+}
+
+template <int MR = kRows>
+void multiply_slab_rows(int rows, const float* slab, const float* panel, int64_t count, float* total) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return multiply_slab_rows<MR - 1>(rows, slab, panel, count, total);
+  }
+  multiply_slab<MR>(slab, panel, count, total);
+}
+
+// --- the call
+// -----------------------------------------------------------------------------------------------------------
+
+// `rows` rows spread evenly over panels of at most kRows.
+struct Panels {
+  int64_t rows, count;
+  explicit Panels(int64_t rows) : rows(rows), count((rows + kRows - 1) / kRows) {}
+  int64_t row(int64_t p) const { return rows * p / count; }
+  int size(int64_t p) const { return static_cast<int>(row(p + 1) - row(p)); }
+};
+
+// Items for a thread to be worth waking, when one item is `work` multiply-adds.
+int64_t grain(int64_t work) { return 1 + (1 << 15) / (work + 1); }
+
+template <class T, bool kPlaced>
+void pack_panels(const Linear4bitArgs& a, const Shape& s, const Panels& panels, int64_t first) {
+  const T* x = static_cast<const T*>(a.x) + first * a.x_stride;
+  parallel_for(panels.count, grain(kRows * s.padded_k), a.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = begin; p < end; ++p)
+      pack_panel<T, kPlaced>(x + panels.row(p) * a.x_stride, a.x_stride, panels.size(p), a, s,
+                             a.scratch + panels.row(p) * s.padded_k);
   });
 }
 
@@ -199,17 +261,70 @@ struct TableOf : Table {
   using Table::Table;
 };
 
+template <class T, template <int> class Decoder>
+void few_rows(const Linear4bitArgs& a, const Shape& s, int64_t first, int64_t rows) {
+  const Panels panels(rows);
+  pack_panels<T, Decoder<1>::kPlaced>(a, s, panels, first);
+  // Few strips: threads share a strip and split its panels.
+  const int64_t strips = (a.out_features + kStrip - 1) / kStrip;
+  const int64_t pieces = strips >= 4 * a.threads ? 1 : panels.count;
+  parallel_for(strips * pieces, grain(kStrip * s.padded_k * rows / pieces), a.threads,
+               [&](int64_t begin, int64_t end, int) {
+                 alignas(64) float total[kRows * kStrip];
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t strip = item / pieces, piece = item % pieces;
+                   const uint8_t* weights = a.packed + strip * s.strip_bytes;
+                   for (int64_t p = panels.count * piece / pieces; p < panels.count * (piece + 1) / pieces; ++p) {
+                     strip_panel<Decoder>(panels.size(p), a, s, weights, a.scratch + panels.row(p) * s.padded_k, total);
+                     write_out<T, kStrip>(a, total, strip * kStrip, first + panels.row(p), panels.size(p));
+                   }
+                 }
+               });
+}
+
+template <class T, class Decoder>
+void many_rows(const Linear4bitArgs& a, const Shape& s, int64_t first, int64_t rows) {
+  alignas(64) static const uint8_t eights[kStrip] = {8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8,
+                                                     8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8};
+  const Panels panels(rows);
+  pack_panels<T, false>(a, s, panels, first);
+  const int64_t slabs = (a.out_features + kSlabOutputs - 1) / kSlabOutputs;
+  const bool asymmetric = a.code == kUint4;
+  parallel_for(slabs, grain(kSlabOutputs * s.padded_k * rows), a.threads, [&](int64_t begin, int64_t end, int) {
+    alignas(64) float slab[kSlab * kSlabOutputs];
+    alignas(64) float total[kLinear4bitRows * kSlabOutputs];
+    for (int64_t item = begin; item < end; ++item) {
+      const uint8_t* strip = a.packed + item * kSlabOutputs / kStrip * s.strip_bytes;
+      for (int64_t i = 0; i < rows * kSlabOutputs; ++i) total[i] = 0.0f;
+      for (int64_t k = 0; k < s.padded_k; k += kSlab) {
+        const int64_t last = k + kSlab < s.padded_k ? k + kSlab : s.padded_k;
+        decode_slab(Decoder(a.codebook), s, strip, static_cast<int>(item * kSlabOutputs % kStrip),
+                    asymmetric ? strip : eights, asymmetric ? kStrip : 0, k, last, slab);
+        for (int64_t p = 0; p < panels.count; ++p)
+          multiply_slab_rows(panels.size(p), slab, a.scratch + panels.row(p) * s.padded_k + k * panels.size(p),
+                             last - k, total + panels.row(p) * kSlabOutputs);
+      }
+      write_out<T, kSlabOutputs>(a, total, item * kSlabOutputs, first, static_cast<int>(rows));
+    }
+  });
+}
+
 template <class T>
 void run(const Linear4bitArgs& a) {
   const Shape s(a);
+  const int64_t slab_from = a.code == kCodebook4 ? kSlabFromTable : kSlabFrom;
   for (int64_t first = 0; first < a.rows; first += kLinear4bitRows) {
     const int64_t left = a.rows - first, rows = left < kLinear4bitRows ? left : kLinear4bitRows;
-    if (a.code == kInt4)
-      block_of_rows<T, SymmetricOf>(a, s, first, rows);
+    if (rows >= slab_from && a.code == kCodebook4)
+      many_rows<T, Table>(a, s, first, rows);
+    else if (rows >= slab_from)
+      many_rows<T, Shifted<kSlabVectors>>(a, s, first, rows);
+    else if (a.code == kInt4)
+      few_rows<T, SymmetricOf>(a, s, first, rows);
     else if (a.code == kUint4)
-      block_of_rows<T, Shifted>(a, s, first, rows);
+      few_rows<T, Shifted>(a, s, first, rows);
     else
-      block_of_rows<T, TableOf>(a, s, first, rows);
+      few_rows<T, TableOf>(a, s, first, rows);
   }
 }
 

@@ -1,8 +1,8 @@
 // Decoders: how 32-bit words of codes become weights. Included by linear_4bit.cpp only, in the namespace of its level.
 //
-// A word holds 8 consecutive k of one output row: byte j has the code of k0 + j in its low and of k0 + 4 + j in its high
-// half, so the code of the kk-th k sits at bit `place(kk)`. A `Words` vector holds the words of kWidth rows; the lane is
-// the row, so that a sum needs no horizontal additions. A decoder gives the weights before scaling:
+// A word holds 8 consecutive k of one output row: byte j has the code of k0 + j in its low and of k0 + 4 + j in its
+// high half, so the code of the kk-th k sits at bit `place(kk)`. A `Words` vector holds the words of kWidth rows; the
+// lane is the row, so that a sum needs no horizontal additions. A decoder gives the weights before scaling:
 //   Symmetric  code - 8          (int4)
 //   Shifted    code - zero point (uint4)
 //   Table      codebook[code]    (nf4, fp4)
@@ -58,8 +58,8 @@ PYKD_INLINE F32 load_bytes(const uint8_t* p) { return {static_cast<float>(*p)}; 
 
 #endif
 
-// Every decoder: `kPlaced` says that the weight comes out multiplied by 2^place(kk) (but by 1 for the highest place), so
-// that the activation must be divided by that; `group(zeros)` is told the zero points of the rows of vector i.
+// Every decoder: `kPlaced` says that the weight comes out multiplied by 2^place(kk) (but by 1 for the highest place),
+// so that the activation must be divided by that; `group(zeros)` is told the zero points of the rows of vector i.
 
 struct Table {
   static constexpr bool kPlaced = false;
@@ -113,7 +113,8 @@ struct Symmetric {
   template <int kk>
   PYKD_INLINE F32 decode(Words w, int) const {
     constexpr int bit = place(kk) == 28 ? 0 : place(kk);
-    const __m256i code = place(kk) == 28 ? _mm256_srli_epi32(w.v, 28) : _mm256_and_si256(w.v, _mm256_set1_epi32(15 << bit));
+    const __m256i code =
+        place(kk) == 28 ? _mm256_srli_epi32(w.v, 28) : _mm256_and_si256(w.v, _mm256_set1_epi32(15 << bit));
     return {_mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(8 << bit)))};
   }
   PYKD_INLINE void group(int, const uint8_t*) {}

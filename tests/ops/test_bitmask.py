@@ -13,9 +13,9 @@ from pykd.ops.bitmask import (
     bitmask_gather,
     bitmask_gather_reference,
     bitmask_offsets,
+    check_packed,
     pack_bits,
     unpack_bits,
-    check_packed,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]

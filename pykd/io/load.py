@@ -105,7 +105,11 @@ def _load_torchvision(folder: Path, config: dict[str, Any]) -> nn.Module:
     model = without_values(lambda: torchvision.build(origin))
     structure.apply(model, described)
     tensors = read_tensors(folder / WEIGHTS)
-    missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
+    try:
+        missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise ArtifactError(f"{folder / WEIGHTS} does not fit {where}: {text}; save the model again.") from error
     missing = [name for name in missing if name not in described.tied]
     if missing or unknown:
         raise ArtifactError(

@@ -1,4 +1,4 @@
-"""Small models of real architectures, and a batch for each."""
+"""Small models of real architectures, what can be done to them, and a batch for each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from pykd.models.huggingface import load_huggingface
 from pykd.models.torchvision import load_torchvision
+from pykd.nn import Conv2d4bit, Conv2d8bit, Linear4bit, Linear8bit, SparseConv2d, SparseLinear
+from pykd.nn.channels import remove_channels
+from pykd.nn.slicing import attention_blocks, feed_forward_blocks, keep_heads, keep_neurons
 
 TINY: dict[str, dict[str, Any]] = {
     "bert": {
@@ -19,7 +22,7 @@ TINY: dict[str, dict[str, Any]] = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "intermediate_size": 64,
+        "intermediate_size": 70,
         "max_position_embeddings": 40,
     },
     "distilbert": {
@@ -28,7 +31,7 @@ TINY: dict[str, dict[str, Any]] = {
         "dim": 32,
         "n_layers": 2,
         "n_heads": 4,
-        "hidden_dim": 64,
+        "hidden_dim": 70,
         "max_position_embeddings": 40,
     },
     "vit": {
@@ -36,12 +39,11 @@ TINY: dict[str, dict[str, Any]] = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "intermediate_size": 64,
+        "intermediate_size": 70,
         "image_size": 16,
         "patch_size": 4,
     },
 }
-FAMILIES = (*TINY, "resnet18", "mobilenet_v2")
 
 
 def make_model(family: str) -> nn.Module:
@@ -69,11 +71,82 @@ def make_batch(family: str) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(3, 3, size, size, generator=generator)}
 
 
-@pytest.fixture
-def model_of() -> Callable[[str], nn.Module]:
+def prune(model: nn.Module) -> None:
+    """Other widths in every block: heads and neurons of a transformer, channels of a convolutional network."""
+    if not attention_blocks(model):
+        remove_channels(model, torch.zeros(1, 3, 64, 64), 0.5)
+    for index, attention in enumerate(attention_blocks(model)):
+        keep_heads(attention, [0, 3][: index + 1])
+    for index, feed_forward in enumerate(feed_forward_blocks(model)):
+        keep_neurons(feed_forward, range(index, 37))
+
+
+def replace(model: nn.Module, linear: Callable[[Any], nn.Module], conv: Callable[[Any], nn.Module]) -> None:
+    """Replace every linear layer and convolution but the first and the last layer."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    for name, layer in layers[1:-1]:
+        parent, _, child = name.rpartition(".")
+        new = linear(layer) if isinstance(layer, nn.Linear) else conv(layer)
+        setattr(model.get_submodule(parent), child, new)
+
+
+def zero_small_weights(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            weight = layer.weight.detach()
+            weight[weight.abs() < weight.abs().flatten().median()] = 0
+
+
+def to_4bit(model: nn.Module) -> None:
+    replace(model, Linear4bit.from_linear, Conv2d4bit.from_conv2d)
+
+
+def to_8bit(model: nn.Module) -> None:
+    replace(model, Linear8bit.from_linear, Conv2d8bit.from_conv2d)
+
+
+def to_sparse(model: nn.Module) -> None:
+    zero_small_weights(model)
+    replace(model, SparseLinear.from_linear, SparseConv2d.from_conv2d)
+
+
+def to_sparse_4bit(model: nn.Module) -> None:
+    zero_small_weights(model)
+    to_4bit(model)
+
+
+def prune_to_4bit(model: nn.Module) -> None:
+    prune(model)
+    to_4bit(model)
+
+
+VARIANTS: dict[str, Callable[[nn.Module], None]] = {
+    "plain": lambda model: None,
+    "pruned": prune,
+    "4bit": to_4bit,
+    "8bit": to_8bit,
+    "sparse": to_sparse,
+    "sparse_4bit": to_sparse_4bit,
+    "pruned_4bit": prune_to_4bit,
+}
+
+
+def make_variant(family: str, variant: str) -> nn.Module:
+    model = make_model(family)
+    VARIANTS[variant](model)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def models() -> Callable[[str], nn.Module]:
     return make_model
 
 
-@pytest.fixture
-def batch_of() -> Callable[[str], dict[str, Tensor]]:
+@pytest.fixture(scope="session")
+def variants() -> Callable[[str, str], nn.Module]:
+    return make_variant
+
+
+@pytest.fixture(scope="session")
+def batches() -> Callable[[str], dict[str, Tensor]]:
     return make_batch

@@ -53,7 +53,7 @@ def make_model(family: str) -> nn.Module:
         task = "image-classification" if family == "vit" else "sequence-classification"
         model = load_huggingface(None, task, num_labels=5, config=TINY[family])
     else:
-        model = load_torchvision(family, 5)
+        model = load_torchvision(family, 5, **({"width_mult": 0.35} if family == "mobilenet_v2" else {}))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith((".bias", ".running_mean")):
             nn.init.normal_(tensor, std=0.1)
@@ -82,7 +82,9 @@ def prune(model: nn.Module) -> None:
 
 
 def replace(model: nn.Module, linear: Callable[[Any], nn.Module], conv: Callable[[Any], nn.Module]) -> None:
-    """Replace every linear layer and convolution but the first and the last layer."""
+    """Replace every linear layer and convolution but the first and the last layer, after narrowing a wide network."""
+    if sum(parameter.numel() for parameter in model.parameters()) > 5e6:
+        remove_channels(model, torch.zeros(1, 3, 64, 64), 0.75)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     for name, layer in layers[1:-1]:
         parent, _, child = name.rpartition(".")
@@ -94,7 +96,7 @@ def zero_small_weights(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             weight = layer.weight.detach()
-            weight[weight.abs() < weight.abs().flatten().median()] = 0
+            weight[weight.abs() < weight.abs().mean()] = 0
 
 
 def to_4bit(model: nn.Module) -> None:

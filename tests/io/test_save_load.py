@@ -19,6 +19,7 @@ from pykd.io.manifest import write_manifest
 from pykd.models.adapter import logits
 from pykd.models.huggingface import load_huggingface
 from pykd.models.torchvision import load_torchvision
+from pykd.nn import CompressedModule
 
 Models = Callable[[str], nn.Module]
 Variants = Callable[[str, str], nn.Module]
@@ -58,39 +59,32 @@ def test_logits_are_identical(family: str, variant: str, tmp_path: Path, variant
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
 
 
-def stored_bytes(layer: nn.Linear, variant: str) -> int:
+def stored_bytes(weight: Tensor, variant: str) -> int:
     """What the weight of a linear layer takes in each form, from the description of the format."""
-    rows, columns = layer.weight.shape
-    kept = int(layer.weight.count_nonzero())
-    scales = 2 * rows * -(-columns // 32)
-    mask = rows * -(-columns // 8)
-    return {
-        "plain": 4 * rows * columns,
+    rows, columns = weight.shape
+    kept = int(weight.count_nonzero())
+    scales, mask = 2 * rows * -(-columns // 32), rows * -(-columns // 8)
+    sizes = {
         "4bit": rows * -(-columns // 2) + scales,
         "8bit": rows * columns + 4 * rows,
         "sparse": mask + 4 * kept,
         "sparse_4bit": min(rows * -(-columns // 2), mask + -(-kept // 2)) + scales,
-    }[variant]
+    }
+    return sizes[variant]
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
-@pytest.mark.parametrize("variant", ["4bit", "8bit", "sparse"])
+@pytest.mark.parametrize("variant", ["4bit", "8bit", "sparse", "sparse_4bit"])
 def test_the_file_shrinks_by_what_was_saved(
     family: str, variant: str, tmp_path: Path, models: Models, variants: Variants
 ) -> None:
     dense, model = models(family), variants(family, variant)
-    if variant == "sparse":
-        reference = variants(family, "sparse")
-        for name, module in reference.named_modules():
-            if hasattr(module, "to_dense"):
-                dense.get_submodule(name).weight = module.to_dense().weight
     pykd.save_pretrained(dense, tmp_path / "dense")
     pykd.save_pretrained(model, tmp_path / "model")
-    compressed = {name for name, module in model.named_modules() if hasattr(module, "to_dense")}
-    layers = [dense.get_submodule(name) for name in compressed if isinstance(dense.get_submodule(name), nn.Linear)]
-    assert len(layers) > 6
-    saved = sum(stored_bytes(layer, "plain") - stored_bytes(layer, variant) for layer in layers)
-    assert payload(tmp_path / "dense") - payload(tmp_path / "model") == saved
+    layers = {n: m.dequantize() for n, m in model.named_modules() if isinstance(m, CompressedModule)}
+    assert len(layers) == 12
+    saved = sum(4 * weight.numel() - stored_bytes(weight, variant) for weight in layers.values())
+    assert payload(tmp_path / "dense") - payload(tmp_path / "model") == saved > 0.5 * payload(tmp_path / "model")
 
 
 def test_pruned_files_hold_no_more_than_the_parameters(tmp_path: Path, variants: Variants) -> None:

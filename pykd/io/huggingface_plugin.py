@@ -1,18 +1,20 @@
 """The quantizer "pykd" of transformers: `AutoModelFor....from_pretrained` on a folder that pykd saved.
 
-Registered when transformers.quantizers.auto is, or already was, imported (pykd.io.import_hook).
+Importing this module registers it; pykd.io.import_hook does so once transformers.quantizers.auto has been imported.
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -180,24 +182,11 @@ def _check_stored(stored: dict[str, list[int]], own: dict[str, Tensor], tied: se
             )
 
 
-@contextlib.contextmanager
-def registration() -> Iterator[None]:
-    """Register the quantizer after transformers.quantizers.auto has been executed in the body; once."""
-    yield
-    try:
-        from transformers.quantizers.auto import (
-            AUTO_QUANTIZATION_CONFIG_MAPPING,
-            register_quantization_config,
-            register_quantizer,
-        )
-    except ImportError as error:
-        warnings.warn(
-            f"pykd could not register its quantizer with this version of transformers ({error}), so compressed models "
-            "will not load; pip install 'pykd[huggingface]' names the versions that work.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return
+def register() -> None:
+    """Tell transformers about the quantizer "pykd". Does nothing the second time."""
     if "pykd" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config("pykd")(PykdConfig)
         register_quantizer("pykd")(PykdQuantizer)
+
+
+register()

@@ -10,10 +10,12 @@ dictionary look-up per module that Python imports from disk.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -22,7 +24,7 @@ from typing import Any
 #: Module to act around -> (our module, its function that returns a context manager to execute the module in).
 AROUND: dict[str, tuple[str, str]] = {
     "torchvision._meta_registrations": ("pykd.models.torchvision", "missing_schemas"),
-    "transformers.quantizers.auto": ("pykd.io.huggingface_plugin", "registration"),
+    "transformers.quantizers.auto": ("pykd.io.import_hook", "registration"),
 }
 
 
@@ -69,6 +71,21 @@ class _Loader(Loader):
 def _around(name: str) -> Any:
     module, function = AROUND[name]
     return getattr(importlib.import_module(module), function)()
+
+
+@contextlib.contextmanager
+def registration() -> Iterator[None]:
+    """Register pykd's quantizer once the body has executed transformers.quantizers.auto."""
+    yield
+    try:
+        importlib.import_module("pykd.io.huggingface_plugin")
+    except ImportError as error:
+        warnings.warn(
+            f"pykd could not register its quantizer with this version of transformers ({error}), so compressed models "
+            "will not load; pip install 'pykd[huggingface]' installs one that works.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def install() -> None:

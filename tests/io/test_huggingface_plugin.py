@@ -19,7 +19,8 @@ from transformers import AutoModelForSequenceClassification as AutoClassifier
 import pykd
 from pykd.errors import ArtifactError
 from pykd.io import huggingface_plugin
-from pykd.io.huggingface_plugin import PykdConfig, registration
+from pykd.io.huggingface_plugin import PykdConfig
+from pykd.io.import_hook import registration
 from pykd.models.adapter import logits
 from pykd.nn import CompressedModule
 
@@ -30,7 +31,7 @@ IN_A_NEW_PROCESS = """
 import pathlib, sys
 root, order = pathlib.Path(sys.argv[1]), sys.argv[2]
 if order == "transformers first":
-    import transformers.modeling_utils
+    import transformers.quantizers.auto  # its models need torchvision, which imports beside a CPU-only torch only after pykd
     import pykd
 else:
     import pykd
@@ -253,6 +254,7 @@ def test_nothing_is_quantized_on_the_fly(folders: Path) -> None:
 
 def test_a_transformers_without_a_registry_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("transformers.quantizers.auto.register_quantizer")
+    monkeypatch.delitem(sys.modules, "pykd.io.huggingface_plugin")
     message = "pykd could not register its quantizer with this version of transformers"
     with pytest.warns(RuntimeWarning, match=message), registration():
         pass
@@ -261,6 +263,5 @@ def test_a_transformers_without_a_registry_is_a_warning(monkeypatch: pytest.Monk
 def test_registering_again_changes_nothing() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-    with registration():
-        pass
+    huggingface_plugin.register()
     assert AUTO_QUANTIZER_MAPPING["pykd"] is huggingface_plugin.PykdQuantizer

@@ -90,6 +90,7 @@ class PykdQuantizer(HfQuantizer):  # type: ignore[misc]
     # After they have been read.
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.is_quantized = False  # else .half(), .float() and Trainer refuse what the layers can do by themselves
         retie(model, self.tied)
         for module in model.modules():
             if isinstance(module, CompressedModule) and not self._as_stored():
@@ -109,10 +110,6 @@ class PykdQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
         return True
 
     @property

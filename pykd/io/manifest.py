@@ -99,7 +99,7 @@ def owned(folder: Path) -> Collection[str] | None:
 
 
 def _check(path: Path, entry: dict[str, Any]) -> None:
-    again = "copy the folder again, or save the model again"
+    again = "copy the folder again, or save the model again with pykd.save_pretrained"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing, though {MANIFEST} lists it; {again}.")
     found = path.stat().st_size

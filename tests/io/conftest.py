@@ -67,14 +67,14 @@ def make_batch(family: str) -> dict[str, Tensor]:
         mask = torch.ones_like(ids)
         mask[1, 6:] = 0
         return {"input_ids": ids, "attention_mask": mask}
-    size = 16 if family == "vit" else 64
+    size = 16 if family == "vit" else 32
     return {"pixel_values": torch.randn(3, 3, size, size, generator=generator)}
 
 
 def prune(model: nn.Module) -> None:
     """Other widths in every block: heads and neurons of a transformer, channels of a convolutional network."""
     if not attention_blocks(model):
-        remove_channels(model, torch.zeros(1, 3, 64, 64), 0.5)
+        remove_channels(model, torch.zeros(1, 3, 32, 32), 0.5)
     for index, attention in enumerate(attention_blocks(model)):
         keep_heads(attention, [0, 3][: index + 1])
     for index, feed_forward in enumerate(feed_forward_blocks(model)):
@@ -84,7 +84,7 @@ def prune(model: nn.Module) -> None:
 def replace(model: nn.Module, linear: Callable[[Any], nn.Module], conv: Callable[[Any], nn.Module]) -> None:
     """Replace every linear layer and convolution but the first and the last layer, after narrowing a wide network."""
     if sum(parameter.numel() for parameter in model.parameters()) > 5e6:
-        remove_channels(model, torch.zeros(1, 3, 64, 64), 0.75)
+        remove_channels(model, torch.zeros(1, 3, 32, 32), 0.75)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     for name, layer in layers[1:-1]:
         parent, _, child = name.rpartition(".")

@@ -31,7 +31,7 @@ IN_A_NEW_PROCESS = """
 import pathlib, sys
 root, order = pathlib.Path(sys.argv[1]), sys.argv[2]
 if order == "transformers first":
-    import transformers.quantizers.auto  # its models need torchvision, which imports beside a CPU-only torch only after pykd
+    import transformers.quantizers.auto  # what its models need of torchvision may not import without pykd
     import pykd
 else:
     import pykd
@@ -118,7 +118,9 @@ def test_dtype_auto_keeps_what_was_saved(folders: Path, tmp_path: Path, variants
     pykd.save_pretrained(model, tmp_path / "model")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model", dtype="auto")
     assert {k: v.dtype for k, v in loaded.state_dict().items()} == {k: v.dtype for k, v in model.state_dict().items()}
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "model").dtype == torch.float32
+    wide = AutoModelForImageClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert {m.dtype for m in wide.modules() if isinstance(m, CompressedModule)} == {torch.float32}
 
 
 def test_save_pretrained_of_transformers_writes_the_structure_of_now(folders: Path, tmp_path: Path) -> None:

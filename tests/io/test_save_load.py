@@ -24,7 +24,6 @@ from pykd.nn import CompressedModule
 Models = Callable[[str], nn.Module]
 Variants = Callable[[str, str], nn.Module]
 Batches = Callable[[str], dict[str, Tensor]]
-FAMILIES = ["bert", "distilbert", "vit", "resnet18", "mobilenet_v2"]
 VARIANTS = ["plain", "pruned", "4bit", "8bit", "sparse", "sparse_4bit", "pruned_4bit"]
 
 
@@ -41,7 +40,7 @@ def payload(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "mobilenet_v2"])  # the others: in new processes, test_huggingface_plugin
 def test_logits_are_identical(family: str, variant: str, tmp_path: Path, variants: Variants, batches: Batches) -> None:
     model, batch = variants(family, variant), batches(family)
     expected = forward(model, batch)
@@ -158,7 +157,7 @@ def test_every_tensor_keeps_its_dtype(family: str, tmp_path: Path, models: Model
 
 
 def test_architectures_with_odd_constructors(tmp_path: Path) -> None:
-    images = {"pixel_values": torch.randn(1, 3, 64, 64)}
+    images = {"pixel_values": torch.randn(1, 3, 32, 32)}
     for name, kwargs in {"swin_t": {}, "googlenet": {"init_weights": False}}.items():
         model = load_torchvision(name, 4, **kwargs).eval()
         pykd.save_pretrained(model, tmp_path / name)

@@ -12,4 +12,9 @@ extern "C" {
 int pykd_cuda_sparse_linear(const void* x, const uint8_t* bitmask, const void* values, const int64_t* offsets,
                             const float* bias, void* y, int64_t rows, int64_t in_features, int64_t out_features,
                             int x_dtype, int value_dtype, cudaStream_t stream);
+
+// csrc/cuda/linear_4bit.cu. Canonical layout; scales fp16, bias float32 or null; code and dtype as in csrc/ops.h.
+int pykd_cuda_linear_4bit(const void* x, int64_t x_stride, const void* qweight, const void* scales, const void* zeros,
+                          const void* codebook, const void* bias, void* y, int64_t rows, int64_t in_features,
+                          int64_t out_features, int64_t group_size, int code, int dtype, cudaStream_t stream);
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 from typing import Any
 
 import torch
@@ -13,9 +15,13 @@ from pykd.ops.dispatch import (
     DTYPE_CODES,
     TABLE,
     Route,
+    check_cuda,
+    cuda_library,
+    cuda_stream,
     lib,
     native,
     num_threads,
+    triton_available,
 )
 from pykd.ops.int4_r16 import CODES, codebook, dequantize, groups_of, packed_bytes, unpack_r16
 
@@ -24,10 +30,13 @@ TABLE.extend(
         Route("linear_4bit", "cpu", "int4_r16 layout; float32, bfloat16, float16", "native kernel, any number of rows"),
         Route("linear_4bit", "cpu", "canonical layout, float64, or no native module", "reference"),
         Route("linear_4bit", "cuda", "1-8 rows", "CUDA kernel, else Triton, else reference"),
-        Route("linear_4bit", "cuda", "9-256 rows", "Triton, else CUDA kernel, else reference"),
-        Route("linear_4bit", "cuda", "more rows, float64", "reference: dequantize, then torch's GEMM"),
+        Route("linear_4bit", "cuda", "9 rows and more", "Triton, else CUDA kernel, else reference"),
+        Route("linear_4bit", "cuda", "float64", "reference"),
     ]
 )
+
+#: Up to this many rows the CUDA kernel streams the weight once per call; beyond, Triton's tiles reuse it.
+CUDA_ROWS = 8
 
 lib.define(  # type: ignore[no-untyped-call]
     "linear_4bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor? bias, str code, "
@@ -198,6 +207,63 @@ def _cpu(
         num_threads(),
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.impl(lib, "linear_4bit", "CUDA")
+def _cuda(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    code: str,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    library = cuda_library()
+    if scales is None or x.dtype not in DTYPE_CODES or not (library or triton_available()):
+        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size)
+    flat = x.reshape(-1, x.shape[-1])
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    qweight, scales, zeros = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    table = codebook(code, x.device)
+    if triton_available() and (library is None or flat.shape[0] > CUDA_ROWS):
+        kernel = importlib.import_module("pykd.kernels.linear_4bit")
+
+        y: Tensor = kernel.linear_4bit(flat, qweight, scales, zeros, table, bias, code=code, group_size=group_size)
+    else:
+        y = _launch(library, flat, qweight, scales, zeros, table, bias, code, group_size)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _launch(
+    library: Any,
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    code: str,
+    group_size: int,
+) -> Tensor:
+    """The CUDA kernel on x [rows, in_features] with unit stride along features."""
+    y = torch.empty(x.shape[0], scales.shape[0], dtype=x.dtype, device=x.device)
+    pointers = [None if t is None else t.data_ptr() for t in (qweight, scales, zeros, table, bias, y)]
+    sizes = (x.shape[0], x.shape[1], scales.shape[0], group_size)
+    with torch.cuda.device(x.device):
+        status = library.pykd_cuda_linear_4bit(
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_int64(x.stride(0)),
+            *(ctypes.c_void_p(pointer) for pointer in pointers),
+            *(ctypes.c_int64(size) for size in sizes),
+            CODES[code],
+            DTYPE_CODES[x.dtype],
+            ctypes.c_void_p(cuda_stream(x.device)),
+        )
+    check_cuda(status, "linear_4bit")
+    return y
 
 
 @torch.library.register_fake("pykd::linear_4bit", lib=lib)  # type: ignore[untyped-decorator]

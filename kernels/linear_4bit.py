@@ -1,0 +1,115 @@
+"""y = x W^T + bias over a canonical 4-bit weight (pykd/ops/int4_r16.py): a tiled Triton kernel, any number of rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: What a code means: (code - 8), (code - zero), table[code].
+KINDS = {"int4": 0, "uint4": 1}
+
+
+@triton.jit
+def _linear_4bit(
+    x_ptr,  # [rows, in_features] float32, bfloat16 or float16
+    qweight_ptr,  # [out_features, ceil(in_features / 2)] uint8, even k in the low half
+    scales_ptr,  # [out_features, groups] float16
+    zeros_ptr,  # [out_features, ceil(groups / 2)] uint8, for uint4
+    table_ptr,  # [16] float32, for a codebook
+    bias_ptr,  # [out_features] float32, or any pointer when not HAS_BIAS
+    y_ptr,  # [rows, out_features], dtype of x
+    rows,
+    out_features,
+    in_features,
+    x_stride,
+    groups,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FOLD: tl.constexpr,  # a block of k is in one group, so the scale can wait until after the product
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_in, n_in = m < rows, n < out_features
+    x_rows = x_ptr + m[:, None].to(tl.int64) * x_stride
+    codes_rows = qweight_ptr + n[None, :].to(tl.int64) * ((in_features + 1) // 2)
+    scale_rows = scales_ptr + n[None, :].to(tl.int64) * groups
+    zero_rows = zeros_ptr + n[None, :].to(tl.int64) * ((groups + 1) // 2)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, in_features, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        k_in = k < in_features
+        inside = k_in[:, None] & n_in[None, :]
+        x = tl.load(x_rows + k[None, :], mask=m_in[:, None] & k_in[None, :], other=0.0)
+        byte = tl.load(codes_rows + (k // 2)[:, None], mask=inside, other=0).to(tl.int32)
+        code = (byte >> ((k % 2) * 4)[:, None]) & 15
+        group = (k // GROUP)[:, None]
+        if KIND == 0:
+            weight = (code - 8).to(tl.float32)
+        elif KIND == 1:
+            pair = tl.load(zero_rows + group // 2, mask=inside, other=0).to(tl.int32)
+            weight = (code - ((pair >> ((group % 2) * 4)) & 15)).to(tl.float32)
+        else:
+            weight = tl.load(table_ptr + code)
+        if FOLD:  # small integers are exact in every dtype: multiply on the tensor cores, scale in float32
+            scale = tl.load(scale_rows + start // GROUP, mask=n_in[None, :], other=0.0).to(tl.float32)
+            total += tl.dot(x, weight.to(x.dtype), input_precision="ieee") * scale
+        else:
+            scale = tl.load(scale_rows + group, mask=inside, other=0.0).to(tl.float32)
+            total += tl.dot(x.to(tl.float32), weight * scale, input_precision="ieee")
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=n_in, other=0.0)[None, :]
+    y = y_ptr + m[:, None].to(tl.int64) * out_features + n[None, :]
+    tl.store(y, total.to(y_ptr.dtype.element_ty), mask=m_in[:, None] & n_in[None, :])
+
+
+def linear_4bit(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    *,
+    code: str,
+    group_size: int,
+) -> Tensor:
+    """Launch on x [rows, in_features] with unit stride along features; `bias` float32; returns [rows, out_features]."""
+    rows, in_features = x.shape
+    out_features, groups = scales.shape
+    y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    kind = KINDS.get(code, 2)
+    # Triton's interpreter (tensors on the CPU) multiplies bfloat16 bit patterns as integers: float32 there.
+    tensor_cores = x.is_cuda or x.dtype != torch.bfloat16
+    block_m = min(max(triton.next_power_of_2(rows), 16), 64)
+    block_k = 32
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(out_features, 64))
+    _linear_4bit[grid](
+        x,
+        qweight,
+        scales,
+        qweight if zeros is None else zeros,
+        scales if table is None else table,
+        scales if bias is None else bias,
+        y,
+        rows,
+        out_features,
+        in_features,
+        x.stride(0),
+        groups,
+        GROUP=group_size,
+        KIND=kind,
+        HAS_BIAS=bias is not None,
+        FOLD=kind != 2 and group_size % block_k == 0 and tensor_cores,
+        BLOCK_M=block_m,
+        BLOCK_N=64,
+        BLOCK_K=block_k,
+    )
+    return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,13 +71,13 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             loss, noted = loss_fn(self.model, move(batch, self.device))
-        self._require_finite("loss", loss.detach(), number)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or float("inf"))
-        self._require_finite("gradient", norm, number)
+        values = {"loss": float(loss.detach()), "grad_norm": float(norm)}  # the step's only wait for the device
+        self._require_finite(values, number)
         self.optimizer.step()
         record = {"step": float(number + 1), "epoch": (number + 1) / self.source.steps_per_epoch, "lr": rate}
-        self.history.records.append(record | batch_to_float({"loss": loss, "grad_norm": norm} | noted))
+        self.history.records.append(record | values | batch_to_float(noted))
         self.history.seconds += time.perf_counter() - began
 
     def checkpoint_if_due(self) -> None:
@@ -142,10 +143,13 @@ class Run:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=AUTOCAST[self.config.autocast])
 
-    def _require_finite(self, what: str, value: Tensor, number: int) -> None:
-        if not bool(torch.isfinite(value).all()):
+    def _require_finite(self, values: dict[str, float], number: int) -> None:
+        for name, value in values.items():
+            if math.isfinite(value):
+                continue
+            what = "gradient" if name == "grad_norm" else name
             raise TrainingError(
-                f"the {what} is {float(value)} at step {number + 1} of {self.history.total_steps}: try a lower lr "
+                f"the {what} is {value} at step {number + 1} of {self.history.total_steps}: try a lower lr "
                 f"(now {self.config.lr:g}), a smaller clip_norm, no autocast, or look for NaN in the inputs"
             )
 

@@ -38,8 +38,8 @@ struct Row {
 struct Context {
   const KlDivArgs& args;
   int64_t classes, chunks;
-  double a;  // 1 / temperature
-  bool label_exp;
+  double a;       // 1 / temperature
+  int label_exp;  // LabelExp
   ScaledExp soft, hard;
 };
 
@@ -65,22 +65,31 @@ ChunkScratch chunk_scratch(const Scratch& scratch, int64_t begin) {
   return {scratch.student + begin, scratch.other + begin, scratch.label ? scratch.label + begin : nullptr};
 }
 
-template <int kDirection, bool kLabel>
+template <int kDirection, int kLabel>
 ChunkSums run_chunk(const Context& c, const Scratch& scratch, const float* student, const float* teacher, int64_t chunk,
-                    int64_t padded) {
+                    int64_t padded, const Ahead& ahead) {
   const ChunkScratch at = chunk_scratch(scratch, chunk * kChunk);
-  const float s0 = scratch.student_reference[chunk], t0 = scratch.teacher_reference[chunk];
-  ChunkSums sums = exponentials<kDirection, kLabel, false>(student, teacher, padded, s0, t0, c.soft, c.hard, at);
+  const F32 s0 = set1(scratch.student_reference[chunk]), t0 = set1(scratch.teacher_reference[chunk]);
+  ChunkSums sums =
+      Exponentials<kDirection, kLabel, false>{student, teacher, s0, t0, c.soft, c.hard, at, ahead}.run(padded);
   if (!(sums.cross - sums.cross == 0))  // NaN or infinite
-    sums = exponentials<kDirection, kLabel, true>(student, teacher, padded, s0, t0, c.soft, c.hard, at);
+    sums = Exponentials<kDirection, kLabel, true>{student, teacher, s0, t0, c.soft, c.hard, at, ahead}.run(padded);
   return sums;
 }
 
 template <int kDirection>
 ChunkSums run_chunk(const Context& c, const Scratch& scratch, const float* student, const float* teacher, int64_t chunk,
-                    int64_t padded) {
-  return c.label_exp ? run_chunk<kDirection, true>(c, scratch, student, teacher, chunk, padded)
-                     : run_chunk<kDirection, false>(c, scratch, student, teacher, chunk, padded);
+                    int64_t padded, const Ahead& ahead) {
+  switch (c.label_exp) {
+    case kNone:
+      return run_chunk<kDirection, kNone>(c, scratch, student, teacher, chunk, padded, ahead);
+    case kOwn:
+      return run_chunk<kDirection, kOwn>(c, scratch, student, teacher, chunk, padded, ahead);
+    case kSquare:
+      return run_chunk<kDirection, kSquare>(c, scratch, student, teacher, chunk, padded, ahead);
+    default:
+      return run_chunk<kDirection, kFourth>(c, scratch, student, teacher, chunk, padded, ahead);
+  }
 }
 
 template <class S, class T>
@@ -103,13 +112,15 @@ Row read_row(const Context& c, const Scratch& scratch, const S* student, const T
     scratch.teacher_reference[chunk] = t0;
 
     const int64_t padded = round_up(count, kWidth);
+    const Ahead ahead{reinterpret_cast<const char*>(student + begin + count),
+                      reinterpret_cast<const char*>(teacher + begin + count), sizeof(S), sizeof(T)};
     ChunkSums sums;
     if (args.direction == kForward)
-      sums = run_chunk<kForward>(c, scratch, s, t, chunk, padded);
+      sums = run_chunk<kForward>(c, scratch, s, t, chunk, padded, ahead);
     else if (args.direction == kReverse)
-      sums = run_chunk<kReverse>(c, scratch, s, t, chunk, padded);
+      sums = run_chunk<kReverse>(c, scratch, s, t, chunk, padded, ahead);
     else
-      sums = run_chunk<kJsd>(c, scratch, s, t, chunk, padded);
+      sums = run_chunk<kJsd>(c, scratch, s, t, chunk, padded, ahead);
     row.student_sum += sums.student;
     row.teacher_sum += sums.teacher;
     row.label_sum += sums.label;
@@ -133,13 +144,14 @@ struct Divergence {
 template <int kDirection>
 Divergence mixture_of_row(const Context& c, const Scratch& scratch, const Row& row) {
   Divergence result{0};
+  const float beta = static_cast<float>(c.args.beta);
   for (int64_t chunk = 0; chunk < c.chunks; ++chunk) {
     const int64_t begin = chunk * kChunk, left = c.classes - begin, count = left < kChunk ? left : kChunk;
     const double fs = power(c.a * (scratch.student_reference[chunk] - row.student_reference)) / row.student_sum;
     const double ft = power(c.a * (scratch.teacher_reference[chunk] - row.teacher_reference)) / row.teacher_sum;
-    const MixtureSums sums =
-        mixture<kDirection>(chunk_scratch(scratch, begin), round_up(count, kWidth), static_cast<float>(fs),
-                            static_cast<float>(ft), static_cast<float>(c.args.beta));
+    const MixtureSums sums = Mixture<kDirection>{chunk_scratch(scratch, begin), set1(static_cast<float>(fs)),
+                                                 set1(static_cast<float>(ft)), set1(1.0f - beta), set1(beta)}
+                                 .run(round_up(count, kWidth));
     result.value += sums.loss;
     result.slope += sums.slope;
   }
@@ -210,6 +222,12 @@ GradientFactors gradient_factors(const Context& c, const Scratch& scratch, const
           static_cast<float>(constant)};
 }
 
+double label_exponential(const Context& c, const ChunkScratch& at, int64_t i) {
+  if (c.label_exp == kOwn) return at.label[i];
+  const double square = static_cast<double>(at.student[i]) * at.student[i];
+  return c.label_exp == kFourth ? square * square : square;  // not used without a label exponential: factor 0
+}
+
 template <class S>
 void write_row(const Context& c, const Scratch& scratch, const Row& row, const Divergence& kl, double scale,
                int64_t label, S* gradient) {
@@ -218,17 +236,26 @@ void write_row(const Context& c, const Scratch& scratch, const Row& row, const D
     const int64_t begin = chunk * kChunk, left = args.student_classes - begin, count = left < kChunk ? left : kChunk;
     const GradientFactors factors = gradient_factors(c, scratch, row, kl, scale, chunk);
     const ChunkScratch at = chunk_scratch(scratch, begin);
-    if (c.label_exp)
-      write_gradient<S, true>(gradient + begin, count, at, factors);
-    else
-      write_gradient<S, false>(gradient + begin, count, at, factors);
+    switch (c.label_exp) {
+      case kNone:
+        write_gradient<S, kNone>(gradient + begin, count, at, factors);
+        break;
+      case kOwn:
+        write_gradient<S, kOwn>(gradient + begin, count, at, factors);
+        break;
+      case kSquare:
+        write_gradient<S, kSquare>(gradient + begin, count, at, factors);
+        break;
+      default:
+        write_gradient<S, kFourth>(gradient + begin, count, at, factors);
+    }
     if (args.labels && label >= begin && label < begin + count && args.ce_weight != 0 && row.student_sum != 0) {
       // Again from float32 parts: correcting the stored value would lose what bf16 and fp16 rounded away.
       const int64_t i = label - begin;
       const double target = scale * args.ce_weight * (1 - args.label_smoothing);
       double value = static_cast<double>(at.student[i]) * factors.student +
                      static_cast<double>(at.other[i]) * factors.other + factors.constant - target;
-      if (c.label_exp) value += static_cast<double>(at.label[i]) * factors.label;
+      value += label_exponential(c, at, i) * factors.label;
       gradient[label] = from_float<S>(static_cast<float>(value));
     }
   }
@@ -260,7 +287,7 @@ void run_row(const Context& c, const Scratch& scratch, int64_t r) {
 // Lays the scratch of one thread out; false when there is no memory.
 bool lay_out(const Context& c, Scratch* scratch) {
   const int64_t row = c.chunks * kChunk + kWidth, chunk = kChunk + kWidth;
-  const int64_t rows = c.label_exp ? 3 : 2;
+  const int64_t rows = c.label_exp == kOwn ? 3 : 2;
   float* memory =
       static_cast<float*>(thread_scratch(sizeof(float) * static_cast<size_t>(rows * row + 2 * chunk + 2 * c.chunks)));
   if (memory == nullptr) return false;
@@ -268,7 +295,7 @@ bool lay_out(const Context& c, Scratch* scratch) {
   scratch->teacher_chunk = memory + chunk;
   scratch->student = memory + 2 * chunk;
   scratch->other = scratch->student + row;
-  scratch->label = c.label_exp ? scratch->other + row : nullptr;
+  scratch->label = c.label_exp == kOwn ? scratch->other + row : nullptr;
   scratch->student_reference = scratch->student + rows * row;
   scratch->teacher_reference = scratch->student_reference + c.chunks;
   return true;
@@ -298,6 +325,11 @@ void run_teacher(const Context& c) {
     run_rows<S, F16>(c);
 }
 
+int choose_label_exp(const KlDivArgs& args) {
+  if (args.labels == nullptr || args.ce_weight == 0 || args.temperature == 1.0) return kNone;
+  return args.temperature == 2.0 ? kSquare : args.temperature == 4.0 ? kFourth : kOwn;
+}
+
 }  // namespace
 
 void kl_div(const KlDivArgs& args) {
@@ -310,13 +342,8 @@ void kl_div(const KlDivArgs& args) {
       }
   const int64_t classes = args.student_classes > args.teacher_classes ? args.student_classes : args.teacher_classes;
   const double a = 1.0 / args.temperature;
-  const Context context{args,
-                        classes,
-                        (classes + kChunk - 1) / kChunk,
-                        a,
-                        args.labels != nullptr && args.ce_weight != 0 && args.temperature != 1.0,
-                        scaled_exp(a),
-                        scaled_exp(1.0)};
+  const Context context{args,          classes,        (classes + kChunk - 1) / kChunk, a, choose_label_exp(args),
+                        scaled_exp(a), scaled_exp(1.0)};
   if (args.student_dtype == kFloat32)
     run_teacher<float>(context);
   else if (args.student_dtype == kBFloat16)

@@ -23,26 +23,35 @@ inline const float* stage_chunk(const T* source, int64_t available, int64_t coun
   const bool direct = std::is_same<T, float>::value && available >= count && count % kWidth == 0;
   if (available > count) available = count;
   if (available < 0) available = 0;
-  const int64_t whole = available / kWidth * kWidth;
-  F32 first = set1(-INFINITY), second = first;
-  for (int64_t i = 0; i < whole; i += kWidth) {
-    const F32 x = load(source + i);
-    if (!direct) store(buffer + i, x);
-    if (i / kWidth % 2 == 0)
-      first = max(first, x);
-    else
-      second = max(second, x);
+  constexpr int kVectors = 4;
+  F32 best[kVectors] = {set1(-INFINITY), set1(-INFINITY), set1(-INFINITY), set1(-INFINITY)};
+  int64_t i = 0;
+  for (; i + kVectors * kWidth <= available; i += kVectors * kWidth)
+    for (int v = 0; v < kVectors; ++v) {
+      const F32 x = load(source + i + v * kWidth);
+      if (!direct) store(buffer + i + v * kWidth, x);
+      best[v] = max(best[v], x);
+    }
+  for (; i < available; i += kWidth) {
+    const F32 x = available - i >= kWidth ? load(source + i) : load_n(source + i, available - i, -INFINITY);
+    if (!direct) store(buffer + i, x);  // the buffer has room for a whole vector more
+    best[0] = max(best[0], x);
   }
-  if (whole < available) {
-    const F32 x = load_n(source + whole, available - whole, -INFINITY);
-    store(buffer + whole, x);  // the buffer has room for a whole vector more
-    second = max(second, x);
-  }
-  *maximum = reduce_max(max(first, second));
+  *maximum = reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
   if (direct) return reinterpret_cast<const float*>(source);
-  for (int64_t i = available; i < count; ++i) buffer[i] = -INFINITY;
-  for (int64_t i = count; i < round_up(count, kWidth); ++i) buffer[i] = -FLT_MAX;
+  for (i = available; i < count; ++i) buffer[i] = -INFINITY;
+  for (i = count; i < round_up(count, kWidth); ++i) buffer[i] = -FLT_MAX;
   return buffer;
+}
+
+// How e^(s - s_reference), the label term's exponential, comes about: not at all (or T = 1, where it is e_s), as an
+// exponential of its own, or, for T = 2 and T = 4, as a power of e_s, which saves an exponential and a scratch row.
+enum LabelExp { kNone = 0, kOwn = 1, kSquare = 2, kFourth = 4 };
+
+template <int kLabel>
+PYKD_INLINE F32 label_power(F32 es) {
+  const F32 square = mul(es, es);
+  return kLabel == kFourth ? mul(square, square) : square;
 }
 
 struct ChunkSums {
@@ -66,20 +75,54 @@ PYKD_INLINE F32 careful_product(F32 e, F32 from, F32 to, F32* infinite) {
   return select(equal(from, lowest), zero, select(equal(to, lowest), zero, mul(e, sub(from, to))));
 }
 
+// The logits one chunk ahead (or of the next row), fetched while this chunk's exponentials keep the core busy: else
+// memory would idle then, and the core while the next maximum is searched. A prefetch never faults.
+struct Ahead {
+  const char *student, *teacher;
+  int student_bytes, teacher_bytes;  // per class
+
+  PYKD_INLINE void fetch(int64_t at) const {
+    __builtin_prefetch(student + at * student_bytes);
+    __builtin_prefetch(teacher + at * teacher_bytes);
+  }
+};
+
 // Exponentials of one chunk. Without kCareful a -inf logit can leave NaN or infinity in `cross`; the caller then runs
 // the chunk, which is still in L1, once more with kCareful.
-template <int kDirection, bool kLabel, bool kCareful>
-inline ChunkSums exponentials(const float* student, const float* teacher, int64_t padded, float student_reference,
-                              float teacher_reference, const ScaledExp& soft, const ScaledExp& hard,
-                              const ChunkScratch& scratch) {
-  const F32 s0 = set1(student_reference), t0 = set1(teacher_reference), zero = set1(0.0f);
-  F32 student_sum = zero, teacher_sum = zero, label_sum = zero, cross = zero, infinite = zero;
-  for (int64_t i = 0; i < padded; i += kWidth) {
-    const F32 ds = sub(load(student + i), s0), dt = sub(load(teacher + i), t0);
-    const F32 es = exp(ds, soft), et = exp(dt, soft);
+template <int kDirection, int kLabel, bool kCareful>
+struct Exponentials {
+  const float *student, *teacher;
+  F32 student_reference, teacher_reference;
+  const ScaledExp &soft, &hard;
+  ChunkScratch scratch;
+  Ahead ahead;
+  F32 student_sum = set1(0.0f), teacher_sum = set1(0.0f), label_sum = set1(0.0f), cross = set1(0.0f);
+  F32 infinite = set1(0.0f);
+
+  template <int kVectors>
+  PYKD_INLINE void step(int64_t at) {
+    constexpr int kEach = kLabel == kOwn ? 3 : 2;  // exponentials per class
+    F32 x[kEach * kVectors], e[kEach * kVectors];
+    const ScaledExp* constants[kEach * kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      x[kEach * v] = sub(load(student + at + v * kWidth), student_reference);
+      x[kEach * v + 1] = sub(load(teacher + at + v * kWidth), teacher_reference);
+      constants[kEach * v] = constants[kEach * v + 1] = &soft;
+      if (kLabel == kOwn) {
+        x[kEach * v + kEach - 1] = x[kEach * v];
+        constants[kEach * v + kEach - 1] = &hard;
+      }
+    }
+    ahead.fetch(at);
+    exp(x, constants, e);
+    for (int v = 0; v < kVectors; ++v)
+      gather(at + v * kWidth, x[kEach * v], x[kEach * v + 1], e[kEach * v], e[kEach * v + 1], e[kEach * v + kEach - 1]);
+  }
+
+  PYKD_INLINE void gather(int64_t at, F32 ds, F32 dt, F32 es, F32 et, F32 e1) {
     student_sum = add(student_sum, es);
     teacher_sum = add(teacher_sum, et);
-    store(scratch.student + i, es);
+    store(scratch.student + at, es);
     F32 other = et;
     if (kDirection == kReverse) {
       other = kCareful ? careful_product(es, ds, dt, &infinite) : mul(es, sub(ds, dt));
@@ -87,16 +130,23 @@ inline ChunkSums exponentials(const float* student, const float* teacher, int64_
     } else if (kDirection == kForward) {
       cross = kCareful ? add(cross, careful_product(et, dt, ds, &infinite)) : fma(et, sub(dt, ds), cross);
     }
-    store(scratch.other + i, other);
-    if (kLabel) {
-      const F32 e1 = exp(ds, hard);
+    store(scratch.other + at, other);
+    if (kLabel == kOwn) {
       label_sum = add(label_sum, e1);
-      store(scratch.label + i, e1);
+      store(scratch.label + at, e1);
+    } else if (kLabel != kNone) {
+      label_sum = add(label_sum, label_power<kLabel>(es));
     }
   }
-  return {reduce_add(student_sum), reduce_add(teacher_sum), reduce_add(label_sum), reduce_add(cross),
-          kCareful && reduce_max(infinite) > 0.0f};
-}
+
+  PYKD_INLINE ChunkSums run(int64_t padded) {
+    int64_t at = 0;
+    for (; at + 2 * kWidth <= padded; at += 2 * kWidth) step<2>(at);
+    if (at < padded) step<1>(at);
+    return {reduce_add(student_sum), reduce_add(teacher_sum), reduce_add(label_sum), reduce_add(cross),
+            kCareful && reduce_max(infinite) > 0.0f};
+  }
+};
 
 // Sum of x - reference over the first `count` classes of a chunk (label smoothing).
 inline float sum_of_differences(const float* x, int64_t count, float reference) {
@@ -117,41 +167,69 @@ struct MixtureSums {
 // jsd and tv of one chunk of normalised probabilities P = student * e_s, Q = teacher * e_t, with M = beta Q +
 // (1 - beta) P. Overwrites e_t by P * g: g = log(P / M) for jsd, sign(P - Q) / 2 for tv.
 template <int kDirection>
-inline MixtureSums mixture(const ChunkScratch& scratch, int64_t padded, float student, float teacher, float beta) {
-  const F32 ks = set1(student), kt = set1(teacher), of_teacher = set1(beta), of_student = set1(1.0f - beta);
-  const F32 zero = set1(0.0f), half = set1(0.5f), tiny = set1(FLT_MIN);
-  F32 loss = zero, slope = zero;
-  for (int64_t i = 0; i < padded; i += kWidth) {
-    const F32 p = mul(load(scratch.student + i), ks), q = mul(load(scratch.other + i), kt);
-    F32 p_slope;
-    if (kDirection == kJsd) {
-      const F32 inverse = div(set1(1.0f), max(tiny, fma(of_teacher, q, mul(of_student, p))));
-      p_slope = mul(p, log(max(tiny, mul(p, inverse))));
-      const F32 q_term = mul(q, log(max(tiny, mul(q, inverse))));
-      loss = fma(of_teacher, q_term, fma(of_student, p_slope, loss));
-    } else {
-      const F32 sign = select(less(q, p), half, select(less(p, q), set1(-0.5f), zero));
-      p_slope = mul(p, sign);
-      loss = fma(sign, sub(p, q), loss);
+struct Mixture {
+  ChunkScratch scratch;
+  F32 student, teacher, of_student, of_teacher;
+  F32 loss = set1(0.0f), slope = set1(0.0f);
+
+  template <int kVectors>
+  PYKD_INLINE void step(int64_t at) {
+    const F32 zero = set1(0.0f), half = set1(0.5f), tiny = set1(FLT_MIN);
+    F32 p[kVectors], q[kVectors], p_slope[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      p[v] = mul(load(scratch.student + at + v * kWidth), student);
+      q[v] = mul(load(scratch.other + at + v * kWidth), teacher);
     }
-    slope = add(slope, p_slope);
-    store(scratch.other + i, p_slope);
+    if (kDirection == kJsd) {
+      F32 ratio[2 * kVectors], logarithm[2 * kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const F32 inverse = div(set1(1.0f), max(tiny, fma(of_teacher, q[v], mul(of_student, p[v]))));
+        ratio[2 * v] = max(tiny, mul(p[v], inverse));
+        ratio[2 * v + 1] = max(tiny, mul(q[v], inverse));
+      }
+      log(ratio, logarithm);
+      for (int v = 0; v < kVectors; ++v) {
+        p_slope[v] = mul(p[v], logarithm[2 * v]);
+        loss = fma(of_teacher, mul(q[v], logarithm[2 * v + 1]), fma(of_student, p_slope[v], loss));
+      }
+    } else {
+      for (int v = 0; v < kVectors; ++v) {
+        const F32 sign = select(less(q[v], p[v]), half, select(less(p[v], q[v]), set1(-0.5f), zero));
+        p_slope[v] = mul(p[v], sign);
+        loss = fma(sign, sub(p[v], q[v]), loss);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      slope = add(slope, p_slope[v]);
+      store(scratch.other + at + v * kWidth, p_slope[v]);
+    }
   }
-  return {reduce_add(loss), reduce_add(slope)};
-}
+
+  PYKD_INLINE MixtureSums run(int64_t padded) {
+    int64_t at = 0;
+    for (; at + 2 * kWidth <= padded; at += 2 * kWidth) step<2>(at);
+    if (at < padded) step<1>(at);
+    return {reduce_add(loss), reduce_add(slope)};
+  }
+};
 
 // The gradient of every direction is linear in what the scratch holds.
 struct GradientFactors {
   float student, other, label, constant;
 };
 
-template <class T, bool kLabel>
+template <class T, int kLabel>
 inline void write_gradient(T* gradient, int64_t count, const ChunkScratch& scratch, const GradientFactors& factors) {
   const F32 student = set1(factors.student), other = set1(factors.other), label = set1(factors.label);
   const F32 constant = set1(factors.constant);
   const auto at = [&](int64_t i) {
-    const F32 rest = kLabel ? fma(load(scratch.label + i), label, constant) : constant;
-    return fma(load(scratch.student + i), student, fma(load(scratch.other + i), other, rest));
+    const F32 es = load(scratch.student + i);
+    F32 sum = constant;
+    if (kLabel == kOwn)
+      sum = fma(load(scratch.label + i), label, sum);
+    else if (kLabel != kNone)
+      sum = fma(label_power<kLabel>(es), label, sum);
+    return fma(es, student, fma(load(scratch.other + i), other, sum));
   };
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) store(gradient + i, at(i));

@@ -333,39 +333,44 @@ PYKD_INLINE ScaledExp scaled_exp(double scale) {
   return {set1(high), set1(static_cast<float>(log2_scale - high)), set1(static_cast<float>(-127.0 / log2_scale))};
 }
 
-PYKD_INLINE F32 exp(F32 x, const ScaledExp& constant) {
+// out[i] = e^(x[i] * scale of constants[i]), in lock step: one exponential is a chain of a dozen dependent operations,
+// and a core's schedulers are too small to find the next one behind it, so several are written side by side.
+template <int kCount>
+PYKD_INLINE void exp(const F32 (&x)[kCount], const ScaledExp* const (&constants)[kCount], F32 (&out)[kCount]) {
+  // Minimax polynomial for 2^-r on [-1/2, 1/2], highest power first; relative error 2e-9.
+  constexpr float kPolynomial[] = {1.535336196e-4f,  -1.339887502e-3f, 9.618436918e-3f, -5.550332367e-2f,
+                                   2.402264774e-1f, -6.931471825e-1f, 1.0f};
   const F32 magic = set1(12583039.0f);  // 1.5 * 2^23 + 127: leaves round(n) + 127 in the low bits of the sum
-  const F32 clamped = max(constant.smallest, x);  // max returns its second argument for NaN
-  const F32 shifted = fma(clamped, constant.high, magic);
-  const F32 r = fnma(clamped, constant.low, fnma(clamped, constant.high, sub(shifted, magic)));
-  F32 p = set1(1.535336196e-4f);  // minimax for 2^-r on [-1/2, 1/2], relative error 2e-9
-  p = fma(p, r, set1(-1.339887502e-3f));
-  p = fma(p, r, set1(9.618436918e-3f));
-  p = fma(p, r, set1(-5.550332367e-2f));
-  p = fma(p, r, set1(2.402264774e-1f));
-  p = fma(p, r, set1(-6.931471825e-1f));
-  p = fma(p, r, set1(1.0f));
-  return mul(p, low_bits_to_exponent(shifted));
+  F32 clamped[kCount], shifted[kCount], r[kCount], p[kCount];
+  for (int i = 0; i < kCount; ++i) clamped[i] = max(constants[i]->smallest, x[i]);  // NaN: max returns the second
+  for (int i = 0; i < kCount; ++i) shifted[i] = fma(clamped[i], constants[i]->high, magic);
+  for (int i = 0; i < kCount; ++i) r[i] = fnma(clamped[i], constants[i]->high, sub(shifted[i], magic));
+  for (int i = 0; i < kCount; ++i) r[i] = fnma(clamped[i], constants[i]->low, r[i]);
+  for (int i = 0; i < kCount; ++i) p[i] = fma(set1(kPolynomial[0]), r[i], set1(kPolynomial[1]));
+  for (int k = 2; k < 7; ++k)
+    for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], r[i], set1(kPolynomial[k]));
+  for (int i = 0; i < kCount; ++i) out[i] = mul(p[i], low_bits_to_exponent(shifted[i]));
 }
 
 // Natural logarithm of a positive normal number, to about 1 ulp: x = m * 2^n with m in [sqrt(1/2), sqrt(2)), and a
 // minimax polynomial for (log(1 + f) - f + f^2 / 2) / f^3 with relative error 6e-9 in the whole.
-PYKD_INLINE F32 log(F32 x) {
-  F32 mantissa;
-  const F32 n = exponent_and_mantissa(x, &mantissa);
-  const F32 f = sub(mantissa, set1(1.0f));
-  F32 p = set1(-7.634500414e-2f);
-  p = fma(p, f, set1(1.276157945e-1f));
-  p = fma(p, f, set1(-1.316018254e-1f));
-  p = fma(p, f, set1(1.420175731e-1f));
-  p = fma(p, f, set1(-1.662335694e-1f));
-  p = fma(p, f, set1(2.000122666e-1f));
-  p = fma(p, f, set1(-2.500081956e-1f));
-  p = fma(p, f, set1(3.333333135e-1f));
-  const F32 square = mul(f, f);
-  F32 tail = fma(mul(square, f), p, mul(n, set1(-2.12194440e-4f)));  // ln 2 in two parts, the first exact in n * 0.693...
-  tail = fnma(square, set1(0.5f), tail);
-  return fma(n, set1(0.693359375f), add(f, tail));
+// Several in lock step, as in `exp` above.
+template <int kCount>
+PYKD_INLINE void log(const F32 (&x)[kCount], F32 (&out)[kCount]) {
+  constexpr float kPolynomial[] = {-7.634500414e-2f, 1.276157945e-1f, -1.316018254e-1f, 1.420175731e-1f,
+                                   -1.662335694e-1f, 2.000122666e-1f, -2.500081956e-1f, 3.333333135e-1f};
+  F32 n[kCount], f[kCount], p[kCount], tail[kCount];
+  for (int i = 0; i < kCount; ++i) n[i] = exponent_and_mantissa(x[i], &f[i]);
+  for (int i = 0; i < kCount; ++i) f[i] = sub(f[i], set1(1.0f));
+  for (int i = 0; i < kCount; ++i) p[i] = fma(set1(kPolynomial[0]), f[i], set1(kPolynomial[1]));
+  for (int k = 2; k < 8; ++k)
+    for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], f[i], set1(kPolynomial[k]));
+  // ln 2 in two parts: n times the first is exact.
+  for (int i = 0; i < kCount; ++i) {
+    const F32 square = mul(f[i], f[i]);
+    tail[i] = fnma(square, set1(0.5f), fma(mul(square, f[i]), p[i], mul(n[i], set1(-2.12194440e-4f))));
+  }
+  for (int i = 0; i < kCount; ++i) out[i] = fma(n[i], set1(0.693359375f), add(f[i], tail[i]));
 }
 
 }  // namespace pykd::PYKD_LEVEL

@@ -172,11 +172,14 @@ class _OnlyOnce(torch.autograd.Function):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or autograd would fill a second buffer of the gradient's size with zeros
     ctx.save_for_backward(output[1])
     ctx.need_grad = inputs[4]
 
 
-def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 11
     if not ctx.need_grad:
         raise RuntimeError("kl_div ran with need_grad=False, so there is no gradient: call it with need_grad=True")
     (gradient,) = ctx.saved_tensors

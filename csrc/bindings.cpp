@@ -22,8 +22,8 @@ T* address(std::uintptr_t value) {
 std::int64_t kl_div(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t labels, std::uintptr_t scale,
                     std::uintptr_t losses, std::uintptr_t gradient, std::int64_t rows, std::int64_t student_classes,
                     std::int64_t teacher_classes, std::int64_t student_stride, std::int64_t teacher_stride,
-                    int student_dtype, int teacher_dtype, int direction, double beta,
-                    double temperature, double kl_weight, double ce_weight, double label_smoothing, int threads) {
+                    int student_dtype, int teacher_dtype, int direction, double beta, double temperature,
+                    double kl_weight, double ce_weight, double label_smoothing, int threads) {
   std::int64_t failure = -1;
   pykd::KlDivArgs args{};
   args.student = address<const void>(student);
@@ -126,9 +126,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("kl_div", &kl_div, py::call_guard<py::gil_scoped_release>(), py::arg("student"), py::arg("teacher"),
         py::arg("labels"), py::arg("scale"), py::arg("losses"), py::arg("gradient"), py::arg("rows"),
         py::arg("student_classes"), py::arg("teacher_classes"), py::arg("student_stride"), py::arg("teacher_stride"),
-        py::arg("student_dtype"), py::arg("teacher_dtype"), py::arg("direction"),
-        py::arg("beta"), py::arg("temperature"), py::arg("kl_weight"), py::arg("ce_weight"),
-        py::arg("label_smoothing"), py::arg("threads"),
+        py::arg("student_dtype"), py::arg("teacher_dtype"), py::arg("direction"), py::arg("beta"),
+        py::arg("temperature"), py::arg("kl_weight"), py::arg("ce_weight"), py::arg("label_smoothing"),
+        py::arg("threads"),
         "Distillation losses and gradient of rows of logits; returns -1 or the first row with a label out of range.");
   bind_sparse(m);
   m.attr("linear_4bit_rows") = pykd::kLinear4bitRows;

@@ -159,6 +159,7 @@ Divergence mixture_of_row(const Context& c, const Scratch& scratch, const Row& r
 }
 
 Divergence divergence(const Context& c, const Scratch& scratch, const Row& row) {
+  if (row.student_sum != row.student_sum || row.teacher_sum != row.teacher_sum) return {NAN};
   if (row.student_sum == 0 || row.teacher_sum == 0) {  // every logit is -inf: no distribution
     const bool both = row.student_sum == 0 && row.teacher_sum == 0;
     return {both ? 0.0 : static_cast<double>(INFINITY), 0, true};
@@ -197,7 +198,9 @@ GradientFactors gradient_factors(const Context& c, const Scratch& scratch, const
   const double p = power(c.a * s_step) / row.student_sum;
   const double weight = scale * args.kl_weight * c.a;
   double student = 0, other = 0, label = 0, constant = 0;
-  if (kl.flat || args.kl_weight == 0) {
+  if (kl.value != kl.value) {
+    student = NAN;  // tv's signs would hide a NaN
+  } else if (kl.flat || args.kl_weight == 0) {
   } else if (args.direction == kForward) {
     student = weight * p;
     other = -weight * power(c.a * t_step) / row.teacher_sum;

@@ -17,4 +17,11 @@ int pykd_cuda_sparse_linear(const void* x, const uint8_t* bitmask, const void* v
 int pykd_cuda_linear_4bit(const void* x, int64_t x_stride, const void* qweight, const void* scales, const void* zeros,
                           const void* codebook, const void* bias, void* y, int64_t rows, int64_t in_features,
                           int64_t out_features, int64_t group_size, int code, int dtype, cudaStream_t stream);
+
+// Distillation losses of rows of logits and their gradient: the arguments of KlDivArgs in csrc/ops.h, on the device.
+int pykd_cuda_kl_div(const void* student, const void* teacher, const int64_t* labels, const float* scale, float* losses,
+                     void* gradient, int64_t rows, int64_t student_classes, int64_t teacher_classes,
+                     int64_t student_stride, int64_t teacher_stride, int student_dtype, int teacher_dtype,
+                     int direction, double beta, double temperature, double kl_weight, double ce_weight,
+                     double label_smoothing, cudaStream_t stream);
 }

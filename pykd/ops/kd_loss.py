@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pykd.ops import kl_div_gpu  # noqa: F401  (registers the CUDA implementations)
 from pykd.ops.kl_div import DIRECTION_CODES, Options
 
 REDUCTIONS = ("batchmean", "sum", "none")

@@ -57,9 +57,10 @@ def _bad_label(labels: Tensor, row: int, classes: int) -> ValueError:
     )
 
 
-def _reference(
+def reference(
     student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, need_grad: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
+    """The op by the reference."""
     check_labels(labels, scale, student.shape[1])
     losses, gradient = kl_div_reference(student, teacher, labels, scale, *options)
     return losses, gradient if need_grad else student.new_empty(0)
@@ -79,6 +80,8 @@ def _run_native(
     student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, gradient: Tensor | None, options: Options
 ) -> Tensor:
     """Row losses by the native kernel; the gradient goes into `gradient` (contiguous) unless that is None."""
+    if options.kl_weight == 0:
+        teacher = student  # what the teacher holds, NaN included, does not count
     student, teacher, scale = rows_in_memory(student), rows_in_memory(teacher), scale.contiguous()
     labels = labels.contiguous() if labels is not None else None
     rows, classes = student.shape
@@ -115,7 +118,7 @@ def _cpu(
     student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, need_grad: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
     if not _native_runs(student, teacher, scale):
-        return _reference(student, teacher, labels, scale, need_grad, *options)
+        return reference(student, teacher, labels, scale, need_grad, *options)
     gradient = memory.empty(student.shape if need_grad else (0,), dtype=student.dtype, device=student.device)
     losses = _run_native(student, teacher, labels, scale, gradient if need_grad else None, Options(*options))
     return losses, gradient
@@ -123,20 +126,19 @@ def _cpu(
 
 def _cpu_in_place(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *options: Any) -> Tensor:
     if not _native_runs(student, teacher, scale):
-        return _reference_in_place(student, teacher, labels, scale, *options)
+        return reference_in_place(student, teacher, labels, scale, *options)
     return _run_native(student, teacher, labels, scale, student, Options(*options))
 
 
-def _reference_in_place(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *options: Any
-) -> Tensor:
-    losses, gradient = _reference(student, teacher, labels, scale, True, *options)
+def reference_in_place(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *options: Any) -> Tensor:
+    """The in-place op by the reference."""
+    losses, gradient = reference(student, teacher, labels, scale, True, *options)
     student.copy_(gradient)
     return losses
 
 
-lib.impl("kl_div", _reference, "CompositeExplicitAutograd")
-lib.impl("kl_div_", _reference_in_place, "CompositeExplicitAutograd")
+lib.impl("kl_div", reference, "CompositeExplicitAutograd")
+lib.impl("kl_div_", reference_in_place, "CompositeExplicitAutograd")
 lib.impl("kl_div", _cpu, "CPU")
 lib.impl("kl_div_", _cpu_in_place, "CPU")
 TABLE += [

@@ -50,7 +50,8 @@ def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pa
 
 
 def _tv(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pair:
-    return (p - q).abs().sum(-1) / 2, _softmax_slope(p, (p - q).sign() / 2)
+    sign = torch.where(p == q, 0.0, (p - q) / (p - q).abs())  # Tensor.sign() of NaN would be 0
+    return (p - q).abs().sum(-1) / 2, _softmax_slope(p, sign / 2)
 
 
 #: Direction -> row divergence and its gradient; the order is that of `Direction` in csrc/ops.h.
@@ -84,7 +85,7 @@ def _cross_entropy(student: Tensor, labels: Tensor, used: Tensor, smoothing: flo
     log_p = _log_probabilities(student)
     labels = torch.where(used, labels, 0)
     value = -(1 - smoothing) * log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
-    target = (1 - smoothing) * one_hot(labels, student.shape[1])
+    target = (1 - smoothing) * one_hot(labels, student.shape[1]).to(student.dtype)
     if smoothing:
         value, target = value - smoothing * log_p.mean(-1), target + smoothing / student.shape[1]
     nothing = (log_p == -_INF).all(-1, keepdim=True)

@@ -62,7 +62,7 @@ class KDLoss(nn.Module):
         num_items: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch, as `kd_loss(student_logits, teacher_logits, labels, ...)`."""
-        call = {"mask": mask, "weights": weights, "num_items": num_items}
+        call: dict[str, Any] = {"mask": mask, "weights": weights, "num_items": num_items}
         return kd_loss(student_logits, teacher_logits, labels, **self.options, **call)
 
     def extra_repr(self) -> str:

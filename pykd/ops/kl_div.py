@@ -32,11 +32,11 @@ class Options(NamedTuple):
 
 
 _OPTIONS = "float temperature, str direction, float beta, float kl_weight, float ce_weight, float label_smoothing"
-lib.define(
+lib.define(  # type: ignore[no-untyped-call]
     f"kl_div(Tensor student, Tensor teacher, Tensor? labels, Tensor scale, bool need_grad, {_OPTIONS}) "
     "-> (Tensor, Tensor)"
 )
-lib.define(f"kl_div_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor scale, {_OPTIONS}) -> Tensor")
+lib.define(f"kl_div_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor scale, {_OPTIONS}) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def check_labels(labels: Tensor | None, scale: Tensor, classes: int) -> None:
@@ -137,17 +137,17 @@ def reference_in_place(student: Tensor, teacher: Tensor, labels: Tensor | None, 
     return losses
 
 
-lib.impl("kl_div", reference, "CompositeExplicitAutograd")
-lib.impl("kl_div_", reference_in_place, "CompositeExplicitAutograd")
-lib.impl("kl_div", _cpu, "CPU")
-lib.impl("kl_div_", _cpu_in_place, "CPU")
+lib.impl("kl_div", reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+lib.impl("kl_div_", reference_in_place, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+lib.impl("kl_div", _cpu, "CPU")  # type: ignore[no-untyped-call]
+lib.impl("kl_div_", _cpu_in_place, "CPU")  # type: ignore[no-untyped-call]
 TABLE += [
     Route("kl_div", "cpu", "float32, bfloat16, float16 with the native module", "native"),
     Route("kl_div", "cpu", "otherwise", "reference"),
 ]
 
 
-@torch.library.register_fake("pykd::kl_div", lib=lib)
+@torch.library.register_fake("pykd::kl_div", lib=lib)  # type: ignore[untyped-decorator]
 def _fake(
     student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, need_grad: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def _fake(
     return torch.empty_like(scale, memory_format=torch.contiguous_format), gradient
 
 
-@torch.library.register_fake("pykd::kl_div_", lib=lib)
+@torch.library.register_fake("pykd::kl_div_", lib=lib)  # type: ignore[untyped-decorator]
 def _fake_in_place(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *options: Any) -> Tensor:
     return torch.empty_like(scale, memory_format=torch.contiguous_format)
 

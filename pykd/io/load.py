@@ -117,21 +117,8 @@ def _load_torchvision(folder: Path, config: dict[str, Any]) -> nn.Module:
             f"(first: {[*missing, *unknown][0]!r}); save the model again."
         )
     retie(model, described.tied)
-    _fill_buffers(model, origin)
     finalize(model)
     return model.eval()
-
-
-def _fill_buffers(model: nn.Module, origin: dict[str, Any]) -> None:
-    """Non-persistent buffers are in no file: those still on the meta device come from a freshly built model."""
-    empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta"]
-    if not empty:
-        return
-    with torch.random.fork_rng(devices=[]):
-        fresh = dict(torchvision.build(origin).named_buffers())
-    for name in empty:
-        path, _, key = name.rpartition(".")
-        model.get_submodule(path).register_buffer(key, fresh[name], persistent=False)
 
 
 def _load_huggingface(folder: Path, config: dict[str, Any]) -> nn.Module:

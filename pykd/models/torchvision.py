@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -94,7 +95,9 @@ def build(origin: dict[str, Any]) -> nn.Module:
     name, kwargs = origin["name"], origin["kwargs"]
     try:
         json.dumps(kwargs)
-        model: nn.Module = models.get_model(name, weights=None, **kwargs)
+        parameters = inspect.signature(models.get_model_builder(name)).parameters
+        without = {key: None for key in ("weights", "weights_backbone") if key in parameters}  # nothing is downloaded
+        model: nn.Module = models.get_model(name, **without, **kwargs)
     except (TypeError, ValueError) as error:
         raise ModelLoadError(
             f"torchvision's {name!r} cannot be built with {kwargs!r}: {error}. "

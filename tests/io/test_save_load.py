@@ -156,12 +156,11 @@ def test_every_tensor_keeps_its_dtype(family: str, tmp_path: Path, models: Model
     assert {name: value.dtype for name, value in loaded.state_dict().items()} == expected
 
 
-def test_architectures_with_odd_constructors(tmp_path: Path) -> None:
+def test_architectures_that_cannot_be_built_on_the_meta_device(tmp_path: Path) -> None:
     images = {"pixel_values": torch.randn(1, 3, 32, 32)}
-    for name, kwargs in {"swin_t": {}, "googlenet": {"init_weights": False}}.items():
-        model = load_torchvision(name, 4, **kwargs).eval()
-        pykd.save_pretrained(model, tmp_path / name)
-        assert torch.equal(forward(pykd.from_pretrained(tmp_path / name), images), forward(model, images))
+    model = load_torchvision("regnet_y_400mf", 4).eval()
+    pykd.save_pretrained(model, tmp_path / "model")
+    assert torch.equal(forward(pykd.from_pretrained(tmp_path / "model"), images), forward(model, images))
 
 
 def test_removed_layers_stay_removed(tmp_path: Path, models: Models, batches: Batches) -> None:
@@ -290,7 +289,8 @@ def test_paths_that_are_no_saved_models(tmp_path: Path) -> None:
 
 
 def test_where_a_model_may_be_saved(saved: Path) -> None:
-    model = load_torchvision("squeezenet1_1", 3)
+    model: Any = load_torchvision("squeezenet1_1", 3)
+    nn.init.constant_(model.classifier[1].bias, 2.0)
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
     with pytest.raises(ArtifactError, match="already holds a saved model; pass overwrite=True"):
         pykd.save_pretrained(model, saved)

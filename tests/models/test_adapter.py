@@ -106,7 +106,7 @@ def test_skeletons_take_no_memory_and_no_randomness(bert: nn.Module) -> None:
 
 
 class Computing(nn.Module):
-    """Built with a number that depends on a tensor's value, as drop-path schedules are."""
+    """Built with a number that depends on a tensor's value, as torchvision's RegNets are."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -65,6 +65,15 @@ def test_a_model_remembers_its_origin() -> None:
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
+def test_random_models_download_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a download was started")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fetch)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    assert build({"source": "torchvision", "name": "lraspp_mobilenet_v3_large", "kwargs": {"num_classes": 2}})
+
+
 def test_unknown_names_and_arguments() -> None:
     with pytest.raises(ModelLoadError, match="unknown model 'resnet81': did you mean 'resnet18'"):
         load_torchvision("resnet81")

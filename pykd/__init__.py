@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .io.import_hook import install as _install_import_hook
+from pykd.io.import_hook import install as _install_import_hook
 
 __version__ = "0.1.0"
 

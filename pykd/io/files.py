@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from ..errors import ArtifactError
+from pykd.errors import ArtifactError
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -18,13 +18,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import ArtifactError
-from ..nn.compressed import CompressedModule
-from . import structure
-from .load import finalize, read_structure, retie
-from .manifest import MANIFEST, verify
-from .save import CONFIG, quantization_config, snapshot
-from .structure import Structure
+from pykd.errors import ArtifactError
+from pykd.io import structure
+from pykd.io.load import finalize, read_structure, retie
+from pykd.io.manifest import MANIFEST, verify
+from pykd.io.save import CONFIG, quantization_config, snapshot
+from pykd.io.structure import Structure
+from pykd.nn.compressed import CompressedModule
 
 
 class PykdConfig(QuantizationConfigMixin):  # type: ignore[misc]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArtifactError, nearest
-from ..nn import COMPRESSED
-from ..nn.compressed import CompressedModule
+from pykd.errors import ArtifactError, nearest
+from pykd.nn import COMPRESSED
+from pykd.nn.compressed import CompressedModule
 
 #: Plain layers that are described by the arguments of their constructor.
 PLAIN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArtifactError
-from ..models import torchvision
-from ..models.adapter import without_values
-from ..nn.compressed import CompressedModule
-from . import structure
-from .manifest import check_version, verify
-from .save import CONFIG, WEIGHTS
-from .structure import Structure
+from pykd.errors import ArtifactError
+from pykd.io import structure
+from pykd.io.manifest import check_version, verify
+from pykd.io.save import CONFIG, WEIGHTS
+from pykd.io.structure import Structure
+from pykd.models import torchvision
+from pykd.models.adapter import without_values
+from pykd.nn.compressed import CompressedModule
 
 
 def from_pretrained(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> nn.Module:

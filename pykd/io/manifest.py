@@ -8,8 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError
-from .files import sha256
+from pykd.errors import ArtifactError
+from pykd.io.files import sha256
 
 MANIFEST = "pykd_manifest.json"
 #: Formats up to this one can be read. 1: the first.
@@ -24,7 +24,7 @@ def write_manifest(folder: Path, *, provenance: dict[str, Any], stages: list[dic
     """
     import torch
 
-    from .. import __version__
+    from pykd import __version__
 
     files = {
         str(file.relative_to(folder)): {"sha256": sha256(file), "bytes": file.stat().st_size}

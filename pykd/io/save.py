@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ArtifactError
-from ..models.adapter import origin, skeleton, unwrap
-from . import structure
-from .files import atomic_directory, check_vacant
-from .manifest import FORMAT_VERSION, owned, write_manifest
-from .structure import Structure
+from pykd.errors import ArtifactError
+from pykd.io import structure
+from pykd.io.files import atomic_directory, check_vacant
+from pykd.io.manifest import FORMAT_VERSION, owned, write_manifest
+from pykd.io.structure import Structure
+from pykd.models.adapter import origin, skeleton, unwrap
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArtifactError, nearest
-from ..nn import COMPRESSED
-from .layers import PLAIN, build, describe
+from pykd.errors import ArtifactError, nearest
+from pykd.io.layers import PLAIN, build, describe
+from pykd.nn import COMPRESSED
 
 
 @dataclass(frozen=True)

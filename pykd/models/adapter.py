@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, ModelLoadError
+from pykd.errors import DataError, ModelLoadError
 
 
 def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -108,7 +108,7 @@ def origin(model: nn.Module) -> dict[str, Any]:
 
 def skeleton(model: nn.Module) -> nn.Module:
     """The model's architecture as its origin builds it, before any pruning or quantization, without values."""
-    from . import huggingface, torchvision
+    from pykd.models import huggingface, torchvision
 
     model = unwrap(model)
     source = origin(model)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ModelLoadError, nearest
+from pykd.errors import ModelLoadError, nearest
 
 #: Task -> the class of transformers that loads a model with the head for it.
 TASKS: dict[str, str] = {

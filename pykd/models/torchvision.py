@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelLoadError, nearest
+from pykd.errors import ModelLoadError, nearest
 
 #: Operators whose schemas torchvision's Python code needs at import, even where its compiled part cannot be loaded.
 SCHEMAS = {

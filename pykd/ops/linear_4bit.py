@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 from typing import Any
 
@@ -167,6 +168,11 @@ def _reference(
     return linear_4bit_reference(x, qweight, scales, zeros, bias, code, group_size)
 
 
+@functools.cache
+def _padded_k(in_features: int, group_size: int) -> int:
+    return groups_of(in_features, group_size).padded_k
+
+
 @torch.library.impl(lib, "linear_4bit", "CPU")
 def _cpu(
     x: Tensor,
@@ -186,8 +192,7 @@ def _cpu(
     y = torch.empty(rows, out_features, dtype=x.dtype)
     if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    padded_k = groups_of(features, group_size).padded_k
-    scratch = torch.empty(min(rows, native.linear_4bit_rows) * padded_k)
+    scratch = torch.empty(min(rows, native.linear_4bit_rows) * _padded_k(features, group_size))
     table = codebook(code, qweight.device)
     native.linear_4bit(
         flat.data_ptr(),

@@ -1,0 +1,218 @@
+"""4-bit linear layers beside the dense and quantized ones a user would pick instead, with weights rotated out of cache.
+
+Each case is checked first against float64 with the dequantized weights. `extra_info` of every result holds the largest
+error over the sum of magnitudes, the bytes of one weight, the bandwidth they imply and that of a read probe run in the
+same minute. A second test prints ratios of interleaved rounds, which load on the machine moves far less than times.
+PYKD_BENCH=small runs the smallest shape once.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pykd.nn.codecs.eight_bit import quantize_8bit
+from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
+from pykd.ops.int4_r16 import dequantize, pack_r16, unpack_nibbles
+from pykd.ops.linear_4bit import linear_4bit
+
+SMALL = os.environ.get("PYKD_BENCH") == "small"
+SHAPES = [(96, 64)] if SMALL else [(3072, 768), (768, 3072), (4096, 4096)]
+ROWS = [1, 8] if SMALL else [1, 8, 32, 256]
+GROUP = 32
+ROTATION_BYTES = 1 << 12 if SMALL else 96 << 20  # int4 bytes of all layers that take turns
+ROUNDS = 1 if SMALL else 9
+PEERS = [
+    "pykd int4",
+    "pykd uint4",
+    "pykd nf4",
+    "pykd int4, bf16 x",
+    "torch dense fp32",
+    "torch dense bf16",
+    "torch dynamic int8",
+    "torch int4, fp32 x",
+    "torch int4, bf16 x",
+    "ONNX Runtime int4",
+]
+
+
+class Case:
+    """Layers of one shape, as every peer wants them, made when asked for; a few distinct weights, copied to rotate."""
+
+    def __init__(self, out: int, columns: int, rows: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows, self.x = rows, torch.randn(rows, columns, generator=generator)
+        self.weight = torch.randn(out, columns, generator=generator)
+        self.copies = max(2, ROTATION_BYTES // (out * columns // 2))
+
+    def rotate(self, call: Callable[[Any], Any], make: Callable[[], Any], size_bytes: int) -> tuple[Any, int]:
+        copies = max(2, self.copies * self.weight.numel() // 2 // size_bytes)
+        layers = [make() for _ in range(copies)]
+        return lambda i: call(layers[i % copies]), size_bytes
+
+    def call(self, peer: str) -> tuple[Callable[[int], Any], int, Tensor]:
+        """The peer as a function of the turn, the bytes of one of its weights, and the weight that it stands for."""
+        x, (out, columns) = self.x.bfloat16() if "bf16" in peer else self.x, self.weight.shape
+        if peer.startswith("pykd"):
+            code = peer.split()[1].strip(",")
+            tensors = quantize_4bit(self.weight, code=code, group_size=GROUP)
+            packed = pack_r16(*tensors, in_features=columns, group_size=GROUP)
+            options: dict[str, Any] = {"code": code, "out_features": out, "group_size": GROUP}
+            call = lambda layer: linear_4bit(x, layer, **options)  # noqa: E731
+            return *self.rotate(call, packed.clone, packed.nbytes), _dense(tensors, code, columns)
+        if peer.startswith("torch dense"):
+            dense = self.weight.to(x.dtype)
+            return *self.rotate(lambda layer: F.linear(x, layer), dense.clone, dense.nbytes), dense
+        if peer == "torch dynamic int8":
+            return self._dynamic_int8(x)
+        tensors = quantize_4bit(self.weight, code="int4", group_size=GROUP)
+        dense, size = _dense(tensors, "int4", columns), tensors.qweight.nbytes + tensors.scales.nbytes
+        if peer.startswith("torch int4"):
+            make, call = _torch_int4(tensors, x)
+        else:
+            make, call = _onnx_int4(tensors, x)
+        return *self.rotate(call, make, size), dense
+
+    def _dynamic_int8(self, x: Tensor) -> tuple[Callable[[int], Any], int, Tensor]:
+        codes, scales = quantize_8bit(self.weight)
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        with warnings.catch_warnings():  # torch announces that quantized tensors will go
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+            weight = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
+        make = lambda: torch.ops.quantized.linear_prepack(weight, None)  # noqa: E731
+        call = lambda layer: torch.ops.quantized.linear_dynamic(x, layer, reduce_range=True)  # noqa: E731
+        return *self.rotate(call, make, codes.nbytes), codes.double() * scales.double().unsqueeze(1)
+
+
+def _dense(tensors: FourBit, code: str, columns: int) -> Tensor:
+    return dequantize(*tensors, code=code, in_features=columns, group_size=GROUP)
+
+
+def _torch_int4(tensors: FourBit, x: Tensor) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    codes = unpack_nibbles(tensors.qweight, x.shape[1]).to(torch.int32)
+    scales = tensors.scales.t().to(x.dtype)
+    scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=2).contiguous()
+
+    def make() -> Any:
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scales_and_zeros.clone()
+
+    def call(layer: Any) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, layer[0], GROUP, layer[1])
+
+    return make, call
+
+
+def _onnx_int4(tensors: FourBit, x: Tensor) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    out, groups = tensors.scales.shape
+    blocks = tensors.qweight.view(out, groups, GROUP // 2)
+    node = onnx.helper.make_node(
+        "MatMulNBits",
+        ["x", "codes", "scales"],
+        ["y"],
+        domain="com.microsoft",
+        **{"K": x.shape[1], "N": out, "bits": 4, "block_size": GROUP, "accuracy_level": 4},
+    )
+    value, array = onnx.helper.make_tensor_value_info, onnx.numpy_helper.from_array
+    graph = onnx.helper.make_graph(
+        [node],
+        "linear",
+        [value("x", onnx.TensorProto.FLOAT, [None, x.shape[1]])],
+        [value("y", onnx.TensorProto.FLOAT, [None, out])],
+        [array(blocks.numpy(), "codes"), array(tensors.scales.float().flatten().numpy(), "scales")],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    feed = {"x": x.numpy()}
+
+    def make() -> Any:
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    return make, lambda session: session.run(None, feed)[0]
+
+
+def unfit(peer: str, rows: int) -> str:
+    """Why a peer is not worth waiting for on this CPU, or nothing."""
+    if peer == "torch dense bf16" and rows > 8 and not torch.cpu._is_avx512_bf16_supported():
+        return "torch emulates bf16 on this CPU: seconds a call at many rows"
+    if peer == "torch int4, fp32 x" and rows > 8:
+        return "torch runs a scalar loop for float32 activations: seconds a call at many rows"
+    return ""
+
+
+def check(case: Case, call: Callable[[int], Any], peer: str, weight: Tensor) -> float:
+    """Largest error of the first layer over the sum of magnitudes; within the rounding of the peer's element type."""
+    got = torch.as_tensor(call(0)).double()
+    want = F.linear(case.x.double(), weight.double())
+    error = float(((got - want).abs() / F.linear(case.x.double().abs(), weight.double().abs())).max())
+    rounds = any(name in peer for name in ("bf16", "int8", "ONNX"))
+    assert error < (2e-2 if rounds else 1e-6), f"{peer}: relative error {error:.1e}"
+    return error
+
+
+def read_bandwidth_gb_s() -> float:
+    """Best of three sums over memory that no cache holds."""
+    memory = torch.ones((1 << 20) if SMALL else (64 << 20))
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        memory.sum()
+        best = max(best, memory.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_linear_4bit(benchmark: Any, shape: tuple[int, int], rows: int, peer: str) -> None:
+    if reason := unfit(peer, rows):
+        pytest.skip(reason)
+    case = Case(*shape, rows)
+    with torch.inference_mode():
+        call, size_bytes, weight = case.call(peer)
+        error = check(case, call, peer, weight)
+        turn = iter(range(1 << 62))
+        benchmark.pedantic(lambda: call(next(turn)), rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info.update(
+        relative_error=error,
+        weight_bytes=size_bytes,
+        bandwidth_gb_s=size_bytes / benchmark.stats.stats.median / 1e9,
+        probe_gb_s=read_bandwidth_gb_s(),
+        threads=torch.get_num_threads(),
+    )
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ratios(shape: tuple[int, int], rows: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Interleaved rounds: the time of pykd int4 over that of each peer (median of the rounds' ratios)."""
+    case = Case(*shape, rows)
+    peers = [peer for peer in PEERS if not unfit(peer, rows)]
+    calls = {peer: case.call(peer)[0] for peer in peers}
+    times: dict[str, list[float]] = {peer: [] for peer in peers}
+    with torch.inference_mode():
+        for turn in range(ROUNDS + 1):
+            for peer, call in calls.items():
+                start = time.perf_counter()
+                call(turn)
+                times[peer].append(time.perf_counter() - start)
+    ratios = {
+        peer: statistics.median(a / b for a, b in zip(times[PEERS[0]][1:], taken[1:], strict=True))
+        for peer, taken in times.items()
+    }
+    text = ", ".join(f"{ratio:.2f} of {peer}" for peer, ratio in ratios.items() if peer != PEERS[0])
+    with capsys.disabled():
+        median_us = statistics.median(times[PEERS[0]][1:]) * 1e6
+        print(f"\n{shape[0]} x {shape[1]}, rows {rows}: {PEERS[0]} {median_us:.0f} us = {text}")
+    assert all(ratio > 0 for ratio in ratios.values())

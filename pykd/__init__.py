@@ -26,6 +26,7 @@ _LAZY: dict[str, str] = {
     "linear_4bit": "pykd.ops.linear_4bit",
     "linear_8bit": "pykd.ops.linear_8bit",
     "quantize": "pykd.quantization",
+    "run": "pykd.pipeline",
     "save_pretrained": "pykd.io.save",
     "sparse_linear": "pykd.ops.sparse_linear",
 }

@@ -1,0 +1,202 @@
+"""The command `pykd`: the only part of the package that prints.
+
+Wrong input ends with exit code 2 and one sentence on stderr (`--debug` adds the traceback), Ctrl-C with 130, a saved
+model that does not predict what it predicted in memory with 1.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="pykd",
+    help="Distil, prune and quantize models; prove that the result is smaller, faster and still right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelDir = Annotated[Path, typer.Argument(help="folder that pykd saved (or a local Hugging Face folder)")]
+OutputDir = Annotated[Path, typer.Argument(help="folder to write; must not hold anything else")]
+Include = Annotated[list[str] | None, typer.Option(help="only layers whose name matches; may be repeated")]
+Exclude = Annotated[list[str] | None, typer.Option(help="not layers whose name matches; may be repeated")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key of the recipe")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and debug messages")] = False,
+) -> None:
+    _talk(logging.DEBUG if debug else logging.INFO)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; ready ones are in recipes/")],
+    output: Annotated[Path | None, typer.Option(help="folder for the results; default runs/NAME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that is in the folder")] = False,
+    short: Annotated[bool, typer.Option("--short", help="apply the recipe's own settings for a quick try")] = False,
+    settings: Set = None,
+) -> None:
+    """Do what a recipe says: data, teacher, stages, report, and the saved model reloaded in a new process."""
+    from pykd.pipeline import run_chain
+
+    identical = True
+    for done in run_chain(
+        recipe, output_dir=output, resume=resume, overwrite=overwrite, short=short, overrides=settings or ()
+    ):
+        typer.echo(f"\n{done.summary()}\n")
+        identical &= done.reload.identical
+    if not identical:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    model: ModelDir,
+    recipe: Annotated[
+        Path | None, typer.Option(help="take the data from this recipe, not from the model's own")
+    ] = None,
+    settings: Set = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    latency_rounds: Annotated[int, typer.Option(min=1, help="timed calls at batch 1")] = 50,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads; default: torch's own choice")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="also write the numbers to this file")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="also write the predicted classes to this file")] = None,
+) -> None:
+    """Measure a saved model on the held-out data: quality, size, latency, throughput."""
+    import torch
+
+    from pykd.io.files import atomic_write
+    from pykd.pipeline import evaluate_saved
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    report = evaluate_saved(
+        model, recipe=recipe, overrides=settings or (), batch_size=batch_size, latency_rounds=latency_rounds
+    )
+    found = report.to_dict()
+    predicted = found.pop("predictions", None)
+    typer.echo(json.dumps(found, indent=2))
+    if output is not None:
+        atomic_write(output, json.dumps(found, indent=2) + "\n")
+    if predictions is not None:
+        atomic_write(predictions, json.dumps({"predictions": predicted}) + "\n")
+
+
+@app.command()
+def prune(
+    model: ModelDir,
+    output: OutputDir,
+    method: Annotated[str, typer.Option(help="magnitude, channels, heads or neurons")] = "magnitude",
+    sparsity: Annotated[float, typer.Option(help="share of weights, or of units per group, that goes")] = 0.5,
+    include: Include = None,
+    exclude: Exclude = None,
+) -> None:
+    """Prune a saved model into a new folder."""
+    from pykd.pipeline import prune_saved
+
+    _table(prune_saved(model, output, method=method, sparsity=sparsity, include=include, exclude=exclude))
+
+
+@app.command()
+def quantize(
+    model: ModelDir,
+    output: OutputDir,
+    scheme: Annotated[str, typer.Option(help="w4a16, nf4 or w8a8")] = "w4a16",
+    group_size: Annotated[int, typer.Option(help="weights that share a scale: 32, 64 or 128")] = 64,
+    include: Include = None,
+    exclude: Exclude = None,
+) -> None:
+    """Quantize a saved model into a new folder."""
+    from pykd.pipeline import quantize_saved
+
+    _table(quantize_saved(model, output, scheme=scheme, group_size=group_size, include=include, exclude=exclude))
+
+
+@app.command()
+def verify(model: ModelDir) -> None:
+    """Check a saved model: checksums, loading, one forward pass; report source, parameters and checksum."""
+    from pykd.pipeline import verify_saved
+
+    _table(verify_saved(model))
+
+
+@app.command()
+def info() -> None:
+    """What this installation can run, and which kernel serves which operation."""
+    from pykd import build_info
+
+    found = build_info()
+    table = found.pop("table")
+    _table(found)
+    for row in table:
+        typer.echo(f"  {row['op']:<14} {row['device']:<6} {row['when']:<44} {row['implementation']}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code, after one sentence on stderr where something is wrong."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words  # accepted anywhere, as newcomers write it
+    words = [*(["--debug"] if debug else []), *(word for word in words if word != "--debug")]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = app(words, standalone_mode=False)
+        return int(code) if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        again = "; what is finished is kept, continue with --resume" if "run" in words[:2] else ""
+        return _say(f"interrupted{again}", 130)
+    except Exception as error:
+        if debug:
+            raise
+        return _say(*_sentence(error))
+
+
+def _sentence(error: Exception) -> tuple[str, int]:
+    from pykd.errors import PykdError
+
+    if hasattr(error, "format_message"):  # a usage error of click, which newer typers carry inside themselves
+        return f"{error.format_message().rstrip('.')}; see pykd --help", 2
+    if isinstance(error, PykdError | ValueError):
+        return " ".join(str(error).split()), 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no space left for {error.filename or 'the output'}: make room, then continue with --resume", 2
+    if isinstance(error, ImportError):
+        return f"{error}: install what recipes need with `pip install 'pykd[all]'`", 2
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1
+
+
+def _say(text: str, code: int) -> int:
+    if text:
+        typer.echo(f"pykd: {text}", err=True)
+    return code
+
+
+def _table(facts: dict[str, Any]) -> None:
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        typer.echo(f"{name:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+def _talk(level: int) -> None:
+    """Send pykd's log messages to stderr, once."""
+    package = logging.getLogger("pykd")
+    handler = next((h for h in package.handlers if getattr(h, "pykd_console", False)), None)
+    if handler is None:
+        handler = logging.StreamHandler()
+        handler.pykd_console = True  # type: ignore[attr-defined]
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        package.addHandler(handler)
+        package.propagate = False
+    handler.setLevel(level)
+    package.setLevel(level)

@@ -1,0 +1,9 @@
+"""A recipe carried out: `run`, and the single steps on saved models that the command line offers."""
+
+from __future__ import annotations
+
+from pykd.pipeline.chain import run, run_chain
+from pykd.pipeline.result import Run
+from pykd.pipeline.saved import evaluate_saved, prune_saved, quantize_saved, verify_saved
+
+__all__ = ["Run", "evaluate_saved", "prune_saved", "quantize_saved", "run", "run_chain", "verify_saved"]

@@ -1,0 +1,133 @@
+"""What a run has measured: stage by stage, as a table, as files, and as an object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pykd.data import DataBundle
+from pykd.evaluation import Comparison, Report, StageRecord, compare, write_report
+from pykd.evaluation.comparison import ratios
+from pykd.pipeline.reload import Reload
+from pykd.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished stage: its measurements, the seconds it took, the checksum of its weights, the verb's own record."""
+
+    stage: str
+    report: Report
+    seconds: float
+    sha256: str
+    cached: bool
+    details: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for `stages/<name>.json`."""
+        return {**vars(self), "report": self.report.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Measured:
+        """Read what :meth:`to_dict` wrote."""
+        return cls(**{**values, "report": Report.from_dict(values["report"])})
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers that a saved model carries along."""
+        names = ("name", "accuracy", "precision", "recall", "f1", "errors", "parameters", "nonzero_parameters")
+        names += ("size_bytes", "latency_p50_ms", "throughput_per_s", "speedup_over")
+        return {name: getattr(self.report, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. ``teacher`` and ``final`` are the reports at its two ends; ``then`` is the run that followed."""
+
+    recipe: Recipe
+    directory: Path
+    measured: tuple[Measured, ...]
+    reload: Reload
+    seconds: float
+    then: Run | None = field(default=None)
+
+    @property
+    def reports(self) -> tuple[Report, ...]:
+        """One report for the teacher and one after each stage."""
+        return tuple(entry.report for entry in self.measured)
+
+    @property
+    def teacher(self) -> Report:
+        """The teacher's measurements."""
+        return self.reports[0]
+
+    @property
+    def final(self) -> Report:
+        """The measurements of the model under ``directory / "model"``."""
+        return self.reports[-1]
+
+    @property
+    def comparison(self) -> Comparison:
+        """All stages relative to the teacher, with a remark for each that brought nothing."""
+        return compare(self.reports)
+
+    def followed_by(self, other: Run) -> Run:
+        """The same run that also knows what came after it."""
+        return replace(self, then=other)
+
+    def write(self, data: DataBundle) -> None:
+        """report.json, report.html and report.md in the run's folder."""
+        stages = {
+            entry.report.name: StageRecord(
+                seconds=entry.seconds, details={**entry.details, "sha256": entry.sha256, "cached": entry.cached}
+            )
+            for entry in self.measured
+        }
+        write_report(
+            self.directory,
+            self.comparison,
+            data,
+            title=self.recipe.name,
+            description=self.recipe.description,
+            stages=stages,
+            settings={"recipe": self.recipe.model_dump(mode="json"), "reload": self.reload.to_dict()},
+            remarks=[f"{sentence}." for sentence in (self.verdict(), self.reload.sentence(), self.times())],
+        )
+
+    def times(self) -> str:
+        """How long each part took."""
+        teacher = self.measured[0]
+        origin = "cached from an earlier run" if teacher.cached else f"{teacher.seconds:.0f} s"
+        stages = [f"{entry.report.name} {entry.seconds:.0f} s" for entry in self.measured[1:]]
+        return f"time: {self.seconds:.0f} s in all; teacher {origin}, {', '.join(stages)}"
+
+    def verdict(self) -> str:
+        """Size, speed and errors of the result against the teacher, in a sentence."""
+        ratio = ratios(self.final, self.teacher)
+        errors = f"{abs(ratio.more_errors)} {'more' if ratio.more_errors >= 0 else 'fewer'} errors"
+        return (
+            f"{self.recipe.name}: the final model has 1/{ratio.smaller:.1f} of the teacher's bytes, runs "
+            f"{ratio.faster:.2f}x as fast at batch 1 and makes {errors} on {len(self.final.labels)} held-out examples"
+        )
+
+    def summary(self) -> str:
+        """What the command line prints at the end: the table, the verdict, where things are."""
+        return "\n".join(
+            [
+                self.comparison.text(),
+                "",
+                f"{self.verdict()}.",
+                f"{self.reload.sentence()}.",
+                f"{self.times()}.",
+                f"model: {self.directory / 'model'}   report: {self.directory / 'report.html'}",
+            ]
+        )
+
+
+def progress_line(now: Report, before: Report) -> str:
+    """What one stage changed, for the log."""
+    step = ratios(now, before)
+    return (
+        f"{now.name}: accuracy {100 * now.accuracy:.2f} % ({now.errors} errors), {now.size_bytes / 1e6:.2f} MB "
+        f"({step.smaller:.2f}x smaller), {step.faster:.2f}x as fast as before"
+    )

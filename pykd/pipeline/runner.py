@@ -1,0 +1,220 @@
+"""One recipe from data to report: teacher, stages, measurements, and the proof that the result reloads."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pykd.data import DataBundle
+from pykd.errors import ArtifactError, PykdError, RecipeError
+from pykd.evaluation import evaluate, interleaved_latency
+from pykd.io.files import sha256
+from pykd.io.load import from_pretrained
+from pykd.io.save import WEIGHTS, save_pretrained
+from pykd.pipeline.directory import RunDirectory
+from pykd.pipeline.reload import Reload, check_reload
+from pykd.pipeline.result import Measured, Run, progress_line
+from pykd.pipeline.sources import build_data, build_model, build_student, teacher_key
+from pykd.pipeline.stages import Context, apply_stage, train_options
+from pykd.recipe import Recipe, recipe_hash
+from pykd.recipe.schema import Stage
+from pykd.training import finetune
+
+logger = logging.getLogger("pykd.pipeline")
+
+#: The teacher's name among the stages.
+TEACHER = "0-teacher"
+
+
+class Pipeline:
+    """One run between two stages. Every stage starts from what the one before saved, interrupted or not."""
+
+    def __init__(self, recipe: Recipe, directory: RunDirectory, *, cache: Path, progress: bool | None) -> None:
+        self.recipe, self.directory, self.cache, self.progress = recipe, directory, cache, progress
+        self.names = [f"{number}-{stage.kind}" for number, stage in enumerate(recipe.stages, start=1)]
+        kinds = [stage.kind for stage in recipe.stages]
+        self.labels = {TEACHER: "teacher"} | {
+            name: kind if kinds.count(kind) == 1 else name for name, kind in zip(self.names, kinds, strict=True)
+        }
+        self.measured: list[Measured] = []
+        self.began = time.perf_counter()
+        self.data: DataBundle
+        self.teacher: nn.Module
+
+    def execute(self) -> Run:
+        """Do what is not done yet. KeyboardInterrupt passes through: finished stages stay finished."""
+        logger.info("run %s (recipe %s) in %s", self.recipe.name, self.directory.hash, self.directory.path)
+        self.data = build_data(self.recipe)
+        self.directory.bind_data(self.data.fingerprint)
+        sizes = len(self.data.train), len(self.data.test), len(self.data.class_names)
+        logger.info("data %s: %d to train on, %d held out, %d classes", self.data.name, *sizes)
+        saved = self._teacher()
+        for name, stage in zip(self.names, self.recipe.stages, strict=True):
+            record = self.directory.record(name)
+            if record is None:
+                self._stage(name, stage, saved)
+            else:
+                logger.info("%s: finished before, skipped", name)
+                self.measured.append(Measured.from_dict(record))
+            saved = self.directory.model(name)
+        return self._conclude(saved)
+
+    def _teacher(self) -> Path:
+        """The teacher's folder, made or found; with `train` in a cache that other runs share."""
+        trained = self.recipe.teacher.train
+        key = teacher_key(self.recipe, self.data)
+        folder = self.cache / key if trained is not None else self.directory.model(TEACHER)
+        began = time.perf_counter()
+        with _alone(self.cache / f".{key}.lock"):
+            cached = folder.exists()
+            if not cached:
+                self._make_teacher(folder)
+        self.teacher = self._load(folder)
+        if trained is not None:
+            logger.info("teacher: %s (%s)", "cached, not trained again" if cached else "trained in this run", folder)
+        record = self.directory.record(TEACHER)
+        if record is None:
+            self._measure(TEACHER, self.teacher, folder, None, began, cached=cached and trained is not None)
+        else:
+            self.measured.append(Measured.from_dict(record))
+        return folder
+
+    def _make_teacher(self, folder: Path) -> None:
+        spec = self.recipe.teacher
+        model = build_model(spec, self.recipe, self.data, key="teacher")
+        if spec.train is not None:
+            context = self._context("teacher", folder.with_name(f"{folder.name}.checkpoints"))
+            finetune(model, self.data, **train_options(spec.train, context))
+        save_pretrained(model, folder, tokenizer=self.data.tokenizer, provenance=self._provenance("teacher"))
+        shutil.rmtree(folder.with_name(f"{folder.name}.checkpoints"), ignore_errors=True)
+
+    def _stage(self, name: str, stage: Stage, before: Path) -> None:
+        began = time.perf_counter()
+        logger.info("%s: %s", name, stage.settings.model_dump(exclude_unset=True) or "defaults")
+        first = name == self.names[0]
+        model = build_student(self.recipe, self.teacher, self.data) if first and self.recipe.student else None
+        if model is None:
+            model = self._load(before)
+        context = self._context(name, self.directory.checkpoints(name))
+        try:
+            model = apply_stage(stage, model, context)
+        except ValueError as error:
+            if isinstance(error, PykdError):
+                raise
+            raise RecipeError(f"stages[{int(name.split('-')[0]) - 1}].{stage.kind}: {error}") from error
+        folder = self.directory.model(name)
+        provenance = self._provenance(name)
+        save_pretrained(model, folder, tokenizer=self.data.tokenizer, provenance=provenance, overwrite=True)
+        self._measure(name, model, folder, self._load(before), began)
+
+    def _measure(
+        self, name: str, model: nn.Module, folder: Path, before: nn.Module | None, began: float, *, cached: bool = False
+    ) -> None:
+        """Quality, size and speed of one stage; with that the stage is finished."""
+        options = self.recipe.evaluate
+        seconds = time.perf_counter() - began
+        report = evaluate(
+            model,
+            self.data,
+            name=self.labels[name],
+            batch_size=options.batch_size,
+            latency_rounds=options.latency_rounds,
+            path=folder,
+        )
+        if before is not None:
+            models = {"teacher": self.teacher, "before": before, "now": model}
+            timed = interleaved_latency(models, self.data.example(), rounds=options.speed_rounds)
+            previous = self.measured[-1].report
+            report = report.with_speedup(previous.name, timed.speedup("now", baseline="before"))
+            report = report.with_speedup(self.measured[0].report.name, timed.speedup("now"))
+            logger.info("%s", progress_line(report, previous))
+        details = (getattr(model, "pykd_report", None) or [{}])[-1]
+        entry = Measured(
+            stage=name, report=report, seconds=seconds, sha256=sha256(folder / WEIGHTS), cached=cached, details=details
+        )
+        self.measured.append(entry)
+        self.directory.finish(name, entry.to_dict())
+
+    def _conclude(self, saved: Path) -> Run:
+        """The final model under `model/`, the reload in a new process, and the reports."""
+        state = self.directory.state
+        if state["finished"]:
+            logger.info("the run was finished before: nothing to do")
+            return self._result(Reload(**state["reload"]), state["seconds"])
+        final = self.directory.path / "model"
+        model = self._load(saved)
+        save_pretrained(
+            model, final, tokenizer=self.data.tokenizer, provenance=self._provenance("final"), overwrite=True
+        )
+        predictions = self.measured[-1].report.predictions
+        reload = check_reload(
+            final, self.directory.path / "recipe.yaml", predictions, batch_size=self.recipe.evaluate.batch_size
+        )
+        logger.log(logging.INFO if reload.identical else logging.ERROR, "%s", reload.sentence())
+        run = self._result(reload, time.perf_counter() - self.began)
+        run.write(self.data)
+        self.directory.save(finished=True, reload=vars(reload), seconds=run.seconds)
+        return run
+
+    def _result(self, reload: Reload, seconds: float) -> Run:
+        return Run(
+            recipe=self.recipe,
+            directory=self.directory.path,
+            measured=tuple(self.measured),
+            reload=reload,
+            seconds=seconds,
+        )
+
+    def _load(self, folder: Path) -> nn.Module:
+        """A saved stage, its checksums checked; the way out when the file is damaged."""
+        try:
+            return from_pretrained(folder)
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"{error} Or delete {folder} and {folder}.json and run again with --resume, which makes it again."
+            ) from error
+
+    def _context(self, name: str, checkpoints: Path) -> Context:
+        teacher = getattr(self, "teacher", None) or nn.Identity()
+        return Context(
+            recipe=self.recipe,
+            data=self.data,
+            teacher=teacher,
+            checkpoints=checkpoints,
+            progress=self.progress,
+            name=name,
+        )
+
+    def _provenance(self, stage: str) -> dict[str, Any]:
+        return {
+            "stage": stage,
+            "recipe": self.recipe.model_dump(mode="json", exclude_unset=True),
+            "recipe_hash": recipe_hash(self.recipe),
+            "data": self.data.describe(),
+            "metrics": [entry.summary() for entry in self.measured],
+        }
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process makes the same teacher."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("teacher: another process makes it; waiting")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""Single steps on saved models, as the command line offers them: evaluate, prune, quantize, verify."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pykd.errors import ArtifactError, RecipeError
+from pykd.evaluation import Report, evaluate
+from pykd.evaluation.counting import count_parameters, saved_bytes
+from pykd.io.files import sha256
+from pykd.io.load import from_pretrained
+from pykd.io.manifest import MANIFEST, read_manifest
+from pykd.io.save import CONFIG, WEIGHTS, save_pretrained
+from pykd.models.adapter import logits, num_classes, origin
+from pykd.models.huggingface import TASKS, load_huggingface
+from pykd.pipeline.sources import build_data
+from pykd.pruning import prune
+from pykd.quantization import quantize
+from pykd.recipe import RecipeLike, load_recipe
+
+#: Side of the image that a model is tried with when nothing says what it was made for.
+IMAGE_SIZE = 224
+
+
+def load_saved(path: str | Path) -> nn.Module:
+    """Load a folder that pykd saved, checksums checked, or a local Hugging Face folder.
+
+    Raises ArtifactError or ModelLoadError.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).exists() or not (folder / CONFIG).exists():
+        return from_pretrained(folder)
+    return load_huggingface(str(folder), _task(folder)).eval()
+
+
+def evaluate_saved(
+    path: str | Path,
+    *,
+    recipe: RecipeLike | None = None,
+    overrides: Sequence[str] = (),
+    batch_size: int = 64,
+    latency_rounds: int = 50,
+) -> Report:
+    """Measure a saved model on the held-out data of ``recipe``, by default the recipe that made the model.
+
+    A tokenizer that was saved with the model is used. Raises RecipeError when there is no recipe to take the data from.
+    """
+    folder = Path(path)
+    model = load_saved(folder)
+    if recipe is None:
+        recipe = _provenance(folder).get("recipe")
+        if recipe is None:
+            raise RecipeError(f"{folder} does not say which data it was made for: name it by --recipe FILE")
+    own = str(folder) if (folder / "tokenizer_config.json").exists() else None
+    data = build_data(load_recipe(recipe, overrides=overrides), tokenizer=own)
+    return evaluate(model, data, name=folder.name, batch_size=batch_size, latency_rounds=latency_rounds, path=folder)
+
+
+def prune_saved(path: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
+    """Load, prune (options as for :func:`pykd.prune`), save to ``output``; returns what changed."""
+
+    def verb(model: nn.Module) -> None:
+        prune(model, example=example_batch(model, Path(path)), **options)
+
+    return _rewrite(Path(path), Path(output), verb)
+
+
+def quantize_saved(path: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
+    """Load, quantize (options as for :func:`pykd.quantize`), save to ``output``; returns what changed."""
+
+    def verb(model: nn.Module) -> None:
+        quantize(model, **options)
+
+    return _rewrite(Path(path), Path(output), verb)
+
+
+def verify_saved(path: str | Path) -> dict[str, Any]:
+    """Check a saved model: checksums, loading through the official library, one forward pass.
+
+    Returns facts to print. Raises ArtifactError or ModelLoadError with the reason why it is not usable.
+    """
+    folder = Path(path)
+    model = load_saved(folder)
+    with torch.no_grad():
+        scores = logits(model, example_batch(model, folder))
+    if not bool(scores.isfinite().all()):
+        raise ArtifactError(
+            f"{folder} loads, but its forward pass gives values that are not finite; save the model again"
+        )
+    parameters, nonzero = count_parameters(model)
+    source = origin(model)
+    stages = [str(stage.get("stage", "?")) for stage in getattr(model, "pykd_report", None) or []]
+    return {
+        "model": str(folder),
+        "source": f"{source['source']} {source.get('name') or source.get('model_type') or ''}".strip(),
+        "class": type(model).__name__,
+        "classes": num_classes(model),
+        "parameters": f"{parameters:,}",
+        "non-zero": f"{nonzero:,}",
+        "bytes": f"{saved_bytes(folder):,}",
+        "sha256": sha256(folder / WEIGHTS) if (folder / WEIGHTS).exists() else "several files",
+        "checksums": "match the manifest" if (folder / MANIFEST).exists() else "no manifest: not saved by pykd",
+        "stages": stages or "none",
+        "forward": f"logits {tuple(scores.shape)}, finite",
+    }
+
+
+def example_batch(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """An input the model accepts: token numbers for text, an image of the size it was made for."""
+    config: Any = getattr(model, "config", None)
+    if getattr(model, "main_input_name", "pixel_values") == "input_ids":
+        ids = torch.arange(1, 9)[None] % config.get_text_config().vocab_size
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return batch | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+    made_for = _provenance(folder).get("data", {}).get("preprocessing", {})
+    size = getattr(config, "image_size", None) or made_for.get("image_size", IMAGE_SIZE)
+    channels = getattr(config, "num_channels", None) or made_for.get("channels", 3)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return {"pixel_values": torch.zeros(1, channels, height, width)}
+
+
+def _rewrite(path: Path, output: Path, verb: Callable[[nn.Module], None]) -> dict[str, Any]:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ArtifactError(f"{output} already exists: choose a new folder to write to")
+    model = load_saved(path)
+    before, _ = count_parameters(model)
+    verb(model)
+    provenance = {**_provenance(path), "made_from": str(path)}
+    save_pretrained(model, output, tokenizer=_tokenizer(path), provenance=provenance)
+    after, nonzero = count_parameters(model)
+    old, new = saved_bytes(path), saved_bytes(output)
+    return {
+        "saved": str(output),
+        "bytes": f"{old:,} -> {new:,} ({old / new:.2f}x smaller)",
+        "parameters": f"{before:,} -> {after:,}, {nonzero:,} of them not zero",
+    }
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    return dict(read_manifest(folder).get("provenance", {})) if (folder / MANIFEST).exists() else {}
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _task(folder: Path) -> str:
+    """The task whose auto class fits the architecture that a Hugging Face folder names."""
+    try:
+        names = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("architectures") or ["none"]
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder / CONFIG} cannot be read as JSON ({error}); copy the folder again") from None
+    for task, auto in TASKS.items():
+        if auto != "AutoModel" and names[0].endswith(auto.removeprefix("AutoModel")):
+            return task
+    return "feature-extraction"

@@ -1,0 +1,94 @@
+"""Runs `pykd run` again and again in real processes and stops each at a chosen point by a real signal.
+
+    python tests/pipeline_driver.py RECIPE OUTPUT POINT...
+
+A point is WHERE:SIGNAL. The heavy imports happen once, here; each run is a fork, so that ten of them cost seconds.
+Prints one JSON line per point: exit code, what went to stderr. The runs after the first resume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from typing import Any, NoReturn
+
+import sklearn.datasets
+import transformers.models.vit.modeling_vit
+
+import pykd.cli
+import pykd.pipeline.runner as runner
+from pykd.training.loop import _Run
+
+assert sklearn.datasets and transformers.models.vit.modeling_vit  # imported for the forks
+
+
+def stop_here(ready: int) -> None:
+    """Tell the parent that the point is reached and wait for its signal."""
+    os.write(ready, b"!")
+    time.sleep(60)
+
+
+def arm(where: str, ready: int) -> None:
+    """Make the process reach its point: step 2 of a training, the middle of a stage, a measurement, the reload."""
+    if where.startswith("train:"):
+        label, step = where.removeprefix("train:"), _Run.step
+
+        def stepping(self: Any, *arguments: Any) -> None:
+            step(self, *arguments)
+            if self.directory is not None and label in str(self.directory) and self.history.steps == 2:
+                os.write(ready, b"!")
+                time.sleep(0.3)  # the loop notes Ctrl-C and ends the step by itself
+
+        _Run.step = stepping  # type: ignore[method-assign]
+        return
+    name = {"stage": "apply_stage", "measure": "evaluate", "reload": "check_reload"}[where.partition("=")[0]]
+    original, kind = getattr(runner, name), where.partition("=")[2]
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options) if name == "apply_stage" else None
+        if not kind or kind == getattr(arguments[0], "kind", options.get("name")):
+            stop_here(ready)
+        return result if name == "apply_stage" else original(*arguments, **options)
+
+    setattr(runner, name, stopping)
+
+
+def child(words: list[str], where: str, ready: int, stderr: str) -> NoReturn:
+    """One `pykd run`, with its stderr in a file."""
+    os.dup2(os.open(stderr, os.O_WRONLY), 2)
+    if where.startswith("disk="):
+        size = int(where.removeprefix("disk="))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    elif where != "end":
+        arm(where, ready)
+    os._exit(pykd.cli.main(words))
+
+
+def main(recipe: str, output: str, points: list[str]) -> None:
+    for number, point in enumerate(points):
+        where, _, name = point.rpartition(":")
+        words = ["run", recipe, "--output", output, *(["--resume"] if number else [])]
+        with tempfile.NamedTemporaryFile() as stderr:
+            waiting, ready = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                os.close(waiting)
+                child(words, where, ready, stderr.name)
+            os.close(ready)
+            if name != "none":
+                os.read(waiting, 1)
+                time.sleep(0.05)
+                os.kill(pid, getattr(signal, name))
+            os.close(waiting)
+            _, status = os.waitpid(pid, 0)
+            text = stderr.read().decode()
+        print(json.dumps({"point": point, "code": os.waitstatus_to_exitcode(status), "stderr": text}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,197 @@
+"""Recipes: what they may say, and the one sentence for what they may not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pathlib
+from typing import Any
+
+import pytest
+
+from pykd.errors import RecipeError
+from pykd.recipe import load_recipe, recipe_hash, recipe_yaml
+from pykd.recipe.schema import Train
+from pykd.training import TrainConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+
+GOOD: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"kind": "digits", "image_size": 8, "test_size": 40},
+    "teacher": {"source": "torchvision", "name": "resnet18", "train": {"max_steps": 2}},
+    "student": {"width": 0.5},
+    "stages": [
+        {"distill": {"max_steps": 2}},
+        {"prune": {"method": "channels", "sparsity": 0.3}},
+        {"quantize": {"scheme": "w4a16"}},
+    ],
+}
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    content = copy.deepcopy(GOOD)
+    place: Any = content
+    *steps, last = [int(step) if step.isdigit() else step for step in key.split("/")]
+    for step in steps:
+        place = place[step]
+    place[last] = value
+    return content
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_come_back_from_yaml(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    recipe = load_recipe(path)
+    copy_of = tmp_path / "copy.yaml"
+    copy_of.write_text(recipe_yaml(recipe), encoding="utf-8")
+    assert load_recipe(copy_of) == recipe
+    assert recipe_hash(load_recipe(copy_of)) == recipe_hash(recipe)
+    assert recipe_hash(load_recipe(path, short=True)) != recipe_hash(recipe)
+
+
+def test_a_recipe_is_read_from_a_mapping_a_file_and_itself() -> None:
+    recipe = load_recipe(GOOD)
+    assert recipe.stages[1].kind == "prune"
+    assert recipe.student is not None and recipe.student.derived
+    assert load_recipe(recipe) is recipe
+    assert load_recipe(recipe, overrides=["seed=3"]).seed == 3
+    assert recipe.seed == 0
+
+
+def test_train_has_the_fields_of_train_config() -> None:
+    # The recipe's section and the loop's settings are one list, in two forms: they must not drift apart.
+    ours = {name: field.default for name, field in Train.model_fields.items()}
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name != "seed"}
+    assert ours == theirs
+
+
+def test_overrides_reach_every_kind_of_place() -> None:
+    settings = [
+        "data.image_size=16",
+        "stages[1].prune.sparsity=0.6",
+        "teacher.train.lr=2e-3",
+        "student={name: mobilenet_v2}",
+    ]
+    recipe = load_recipe(GOOD, overrides=[*settings, "evaluate.batch_size=8"])
+    assert recipe.data.kind == "digits" and recipe.data.image_size == 16
+    assert recipe.stages[1].prune is not None and recipe.stages[1].prune.sparsity == 0.6
+    assert recipe.teacher.train is not None and recipe.teacher.train.lr == 2e-3
+    assert recipe.student is not None and recipe.student.name == "mobilenet_v2"
+    assert recipe.evaluate.batch_size == 8
+
+
+def test_short_settings_apply_before_overrides() -> None:
+    content = {**GOOD, "short": {"teacher.train.max_steps": 1, "seed": 5}}
+    recipe = load_recipe(content, short=True, overrides=["seed=6"])
+    assert recipe.teacher.train is not None and recipe.teacher.train.max_steps == 1
+    assert recipe.seed == 6
+
+
+def test_the_hash_is_of_what_is_computed() -> None:
+    assert recipe_hash(load_recipe({**GOOD, "description": "other words"})) == recipe_hash(load_recipe(GOOD))
+    assert recipe_hash(load_recipe({**GOOD, "seed": 1})) != recipe_hash(load_recipe(GOOD))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        (
+            "stages/2/quantize/scheme",
+            "w4a61",
+            r"stages\[2\]\.quantize\.scheme: unknown scheme 'w4a61': did you mean 'w4a16'",
+        ),
+        (
+            "stages/1/prune/method",
+            "chanels",
+            r"stages\[1\]\.prune\.method: unknown method 'chanels': did you mean 'channels'",
+        ),
+        ("stages/1/prune/sparsty", 0.5, r"stages\[1\]\.prune\.sparsty: unknown key 'sparsty': did you mean 'sparsity'"),
+        ("stages/0", {"distil": {}}, r"stages\[0\]\.distil: unknown key 'distil': did you mean 'distill'\?"),
+        ("teacher/trian", {}, r"teacher\.trian: unknown key 'trian': did you mean 'train'\?"),
+        ("data/image_sise", 8, r"data\.image_sise: unknown key 'image_sise': did you mean 'image_size'\?"),
+        ("stagess", [], r"stagess: unknown key 'stagess': did you mean 'stages'\?"),
+        ("stages/1/prune/sparsity", 1.0, r"stages\[1\]\.prune\.sparsity: input should be less than 1, got 1.0"),
+        ("stages/1", {}, r"stages\[1\]: a stage is one of distill, prune, recover, quantize, but this one names none"),
+        ("stages/1", {"prune": {}, "quantize": {}}, r"stages\[1\]: a stage is one of .* names prune, quantize"),
+        ("stages/1", "prune", r"stages\[1\]: expected a section of keys, got 'prune'"),
+        ("stages", [], r"stages: list should have at least 1 item"),
+        ("teacher/train/lr", -1, r"teacher\.train: lr must be a finite number above 0, got -1"),
+        ("teacher/source", "torchvison", r"teacher\.source: .*'torchvision' or 'huggingface', got 'torchvison'"),
+        ("teacher", {"name": "resnet18"}, r"teacher: source is missing"),
+        ("teacher", {"source": "torchvision"}, r"teacher: name is missing"),
+        ("teacher", {"source": "huggingface", "config": {"model_type": "vit"}}, r"teacher: a teacher from scratch"),
+        ("student", {"width": 0.5, "name": "resnet18"}, r"student: say where the student comes from, in one way"),
+        ("student", {}, r"student: say where the student comes from"),
+        ("student", None, r"stages\[0\]\.distill needs a student"),
+        ("data", {"image_size": 8}, r"data\.kind: the key is missing: digits or text"),
+        ("data/kind", "digit", r"data\.kind: unknown kind 'digit': did you mean 'digits'\?"),
+        ("data", {"kind": "text"}, r"data\.path: the key is missing"),
+        ("name", "../up", r"name: string should match pattern"),
+    ],
+)  # fmt: skip
+def test_one_sentence_with_the_path_of_the_key(key: str, value: Any, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=f"^recipe: {sentence}"):
+        load_recipe(changed(key, value))
+
+
+def test_quantized_weights_cannot_be_trained_on() -> None:
+    content = {**GOOD, "stages": [{"quantize": {}}, {"recover": {}}]}
+    with pytest.raises(RecipeError, match=r"stages\[1\]\.recover comes after stages\[0\]\.quantize, .* move quantize"):
+        load_recipe(content)
+
+
+def test_a_bare_stage_has_its_defaults_and_none_is_kept() -> None:
+    recipe = load_recipe({**GOOD, "stages": [{"distill": {"clip_norm": None}}, {"recover": None}]})
+    assert recipe.stages[1].recover is not None and recipe.stages[1].recover.epochs == 0.5
+    assert "clip_norm: null" in recipe_yaml(recipe)
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"teacher: the key is missing; the section's keys are name, "):
+        load_recipe({key: value for key, value in GOOD.items() if key != "teacher"})
+
+
+def test_several_mistakes_are_counted_and_an_unknown_key_comes_first() -> None:
+    content = {**GOOD, "seed": -1, "sed": 3}
+    with pytest.raises(RecipeError, match=r"sed: unknown key 'sed': did you mean 'seed'\? .* \(and 1 more\)$"):
+        load_recipe(content)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("seed", r"--set seed: expected key=value, for instance --set data\.path"),
+        ("stages[9].prune.sparsity=1", r"there is no entry \[9\], the recipe has 3 entries there"),
+        ("data[0]=1", r"there is no entry \[0\], the recipe has no list there"),
+        ("name.first=1", r"'first' would be a key of 'tiny', which is not a section"),
+        ("a..b=1", r"--set a\.\.b: not a path of keys"),
+        ("seed=[1", r"--set seed: not valid YAML"),
+        ("sed=1", r"recipe: sed: unknown key 'sed': did you mean 'seed'\?"),
+    ],
+)
+def test_wrong_settings(setting: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe(GOOD, overrides=[setting])
+
+
+def test_wrong_files(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*none\.yaml: No such file .*recipes/"):
+        load_recipe(tmp_path / "none.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"binary\.yaml: it is not a text file"):
+        load_recipe(binary)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: tiny\nstages: [1,\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"broken\.yaml: not valid YAML in line 3"):
+        load_recipe(broken)
+    listed = tmp_path / "listed.yaml"
+    listed.write_text("- 1\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"listed\.yaml: a recipe is a mapping of keys, got list"):
+        load_recipe(listed)
+
+
+def test_short_needs_its_section() -> None:
+    with pytest.raises(RecipeError, match=r"recipe: --short needs a section `short`"):
+        load_recipe(GOOD, short=True)

@@ -16,6 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
+#: Exit code after Ctrl-C, as shells count it: 128 + SIGINT.
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="pykd",
     help="Distil, prune and quantize models; prove that the result is smaller, faster and still right.",
@@ -152,14 +155,16 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = app(words, standalone_mode=False)
-        return int(code) if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        again = "; what is finished is kept, continue with --resume" if "run" in words[:2] else ""
-        return _say(f"interrupted{again}", 130)
+        code = INTERRUPTED
     except Exception as error:
         if debug:
             raise
         return _say(*_sentence(error))
+    if code == INTERRUPTED:  # also what typer makes of Ctrl-C itself
+        again = "; what is finished is kept, continue with --resume" if "run" in words[:2] else ""
+        return _say(f"interrupted{again}", INTERRUPTED)
+    return int(code or 0)
 
 
 def _sentence(error: Exception) -> tuple[str, int]:

@@ -12,6 +12,12 @@ from pykd.evaluation.comparison import ratios
 from pykd.pipeline.reload import Reload
 from pykd.recipe import Recipe
 
+#: What a saved model says of the stages that made it.
+SUMMARY = (
+    "name", "accuracy", "precision", "recall", "f1", "errors", "parameters", "nonzero_parameters", "size_bytes",
+    "latency_p50_ms", "throughput_per_s", "speedup_over",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -35,9 +41,7 @@ class Measured:
 
     def summary(self) -> dict[str, Any]:
         """The numbers that a saved model carries along."""
-        names = ("name", "accuracy", "precision", "recall", "f1", "errors", "parameters", "nonzero_parameters")
-        names += ("size_bytes", "latency_p50_ms", "throughput_per_s", "speedup_over")
-        return {name: getattr(self.report, name) for name in names}
+        return {name: getattr(self.report, name) for name in SUMMARY}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Pipeline:
         self.labels = {TEACHER: "teacher"} | {
             name: kind if kinds.count(kind) == 1 else name for name, kind in zip(self.names, kinds, strict=True)
         }
+        self.huggingface = "huggingface" in (recipe.teacher.source, recipe.student and recipe.student.source)
         self.measured: list[Measured] = []
         self.began = time.perf_counter()
         self.data: DataBundle
@@ -177,7 +178,8 @@ class Pipeline:
     def _load(self, folder: Path) -> nn.Module:
         """A saved stage, its checksums checked; the way out when the file is damaged."""
         try:
-            return from_pretrained(folder)
+            with _without_bars() if self.huggingface else contextlib.nullcontext():
+                return from_pretrained(folder)
         except ArtifactError as error:
             raise ArtifactError(
                 f"{error} Or delete {folder} and {folder}.json and run again with --resume, which makes it again."
@@ -202,6 +204,20 @@ class Pipeline:
             "data": self.data.describe(),
             "metrics": [entry.summary() for entry in self.measured],
         }
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar for every load; between our own bars, for files that load at once, that is noise."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pykd.distillation import distill
 from pykd.pruning import prune
 from pykd.quantization import quantize
 from pykd.recipe.schema import Distill, Prune, Quantize, Recipe, Stage, Train
+from pykd.training.checkpoint import has_checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,15 @@ def apply_stage(stage: Stage, model: nn.Module, context: Context) -> nn.Module:
 
 
 def train_options(settings: Train, context: Context) -> dict[str, Any]:
-    """What every training of a run takes: the recipe's numbers and seed, and checkpoints that are always continued.
+    """What every training of a run takes: the recipe's numbers and seed, and where its checkpoints are.
 
-    A checkpoint can only be there if this very stage was interrupted, so there is nothing to ask.
+    A checkpoint can only be there if this very stage was interrupted: it is continued without asking.
     """
     names = list(Train.model_fields)
     return {name: getattr(settings, name) for name in names} | {
         "seed": context.recipe.seed,
         "checkpoint_dir": context.checkpoints,
-        "resume": True,
+        "resume": has_checkpoint(context.checkpoints),
         "progress": context.progress,
         "label": context.name,
     }

@@ -206,9 +206,9 @@ class Student(Model):
 class Evaluate(Section):
     """How every stage is measured."""
 
-    batch_size: int = Field(64, ge=1)
-    latency_rounds: int = Field(50, ge=1, description="timed calls at batch 1")
-    speed_rounds: int = Field(20, ge=1, description="alternating rounds against the teacher, for the ratio")
+    batch_size: int = Field(default=64, ge=1)
+    latency_rounds: int = Field(default=50, ge=1, description="timed calls at batch 1")
+    speed_rounds: int = Field(default=20, ge=1, description="alternating rounds against the teacher, for the ratio")
 
 
 class Recipe(Section):
@@ -221,7 +221,7 @@ class Recipe(Section):
     teacher: Teacher
     student: Student | None = Field(None, description="None compresses the teacher itself")
     stages: list[Stage] = Field(min_length=1)
-    evaluate: Evaluate = Field(default_factory=lambda: Evaluate())
+    evaluate: Evaluate = Field(default_factory=Evaluate)
     short: dict[str, Any] = Field(default_factory=dict, description="dotted keys that --short sets")
     then: str | None = Field(None, description="recipe file to run next, relative to this one")
 

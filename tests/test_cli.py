@@ -1,0 +1,235 @@
+"""The command line: every command really does something, and says in one sentence what it cannot do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import pykd
+from pykd import cli
+from pykd.io.save import save_pretrained
+from pykd.models.huggingface import load_huggingface
+from pykd.models.torchvision import load_torchvision
+from pykd.pipeline.reload import Reload
+
+VIT = {
+    "model_type": "vit", "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "intermediate_size": 128,
+}  # fmt: skip
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"kind": "digits", "image_size": 8, "test_size": 30},
+    "teacher": {"source": "huggingface", "config": VIT, "train": {"max_steps": 1}},
+    "stages": [{"quantize": {"group_size": 32}}],
+    "evaluate": {"latency_rounds": 2, "speed_rounds": 1},
+    "short": {"data.test_size": 20},
+}
+
+
+@pytest.fixture(autouse=True)
+def console() -> Iterator[None]:
+    """Leave the package's logger as it was: the command line sends it to the stderr of its time."""
+    package = logging.getLogger("pykd")
+    before = (list(package.handlers), package.level, package.propagate)
+    yield
+    package.handlers, level, package.propagate = before
+    package.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """An untrained model that says which data it was made for."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved") / "vit"
+    model = load_huggingface(None, "image-classification", num_labels=10, config=VIT)
+    return save_pretrained(model, folder, provenance={"recipe": RECIPE})
+
+
+@pytest.fixture
+def recipe(tmp_path: pathlib.Path) -> pathlib.Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(json.dumps(RECIPE))
+    return file
+
+
+def failure(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2) -> str:
+    assert cli.main([str(word) for word in words]) == code
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("pykd: ") and "Traceback" not in "".join(err)
+    return err[-1]
+
+
+def success(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    code = cli.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+def test_help_lists_the_commands_and_python_m_pykd_is_the_same_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "pykd", "--help"], capture_output=True, text=True, check=True)
+    for command in ("run", "evaluate", "prune", "quantize", "verify", "info"):
+        assert f"  {command} " in done.stdout
+
+
+def test_info_shows_what_will_run(capsys: pytest.CaptureFixture[str]) -> None:
+    out = success(capsys, "info")
+    assert pykd.__version__ in out and "linear_4bit" in out and "isa" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["rum"], "No such command 'rum'"),
+        (["run"], "Missing argument"),
+        (["run", "none.yaml"], "cannot read the recipe none.yaml: No such file or directory"),
+        (["run", "none.yaml", "--outptu", "x"], "No such option"),
+        (["evaluate", "none", "--threads", "0"], "--threads"),
+        (["verify", "none"], "none is not a folder"),
+        (["prune", "none", "out"], "none is not a folder"),
+        (["quantize", "none", "out"], "none is not a folder"),
+        (["evaluate", "none"], "none is not a folder"),
+    ],
+)
+def test_wrong_words_end_with_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    words: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sentence in failure(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_typo_in_a_recipe(capsys: pytest.CaptureFixture[str], recipe: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    words = ["run", recipe, "--output", tmp_path / "out", "--set", "stages[0].quantize.scheme=w4a61"]
+    assert "stages[0].quantize.scheme: unknown scheme 'w4a61': did you mean 'w4a16'?" in failure(capsys, *words)
+    assert not (tmp_path / "out").exists()
+    assert "there is no run in" in failure(capsys, "run", recipe, "--output", tmp_path / "out", "--resume")
+
+
+def test_debug_shows_the_traceback(recipe: pathlib.Path) -> None:
+    with pytest.raises(pykd.errors.RecipeError, match="unknown key 'seeed'"):
+        cli.main(["run", str(recipe), "--set", "seeed=1", "--debug"])
+
+
+def test_run_prints_the_table_and_fails_when_the_reload_differs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, recipe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    different = 0
+    monkeypatch.setattr(
+        "pykd.pipeline.runner.check_reload", lambda *_, **__: Reload("pykd evaluate", compared=20, different=different)
+    )
+    out = success(capsys, "run", recipe, "--output", tmp_path / "out", "--short")
+    assert "teacher" in out and "quantize" in out and "of the teacher's bytes" in out
+    assert "on 20 held-out examples" in out and "all 20 predictions are identical" in out
+    different = 3
+    assert cli.main(["run", str(recipe), "--output", str(tmp_path / "out"), "--overwrite"]) == 1
+    captured = capsys.readouterr()
+    assert "3 of 20 predictions differ" in captured.out and "do not use the saved model" in captured.err
+
+
+def test_evaluate_takes_the_data_that_the_model_was_made_for(
+    capsys: pytest.CaptureFixture[str], saved: pathlib.Path, recipe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    files = ["--json", tmp_path / "report.json", "--predictions", tmp_path / "predictions.json"]
+    out = success(capsys, "evaluate", saved, "--latency-rounds", 2, "--threads", torch.get_num_threads(), *files)
+    assert json.loads(out) == json.loads((tmp_path / "report.json").read_text())
+    assert len(json.loads((tmp_path / "predictions.json").read_text())["predictions"]) == 30
+    success(capsys, "evaluate", saved, "--recipe", recipe, "--set", "data.test_size=40", "--latency-rounds", 2, *files)
+    assert len(json.loads((tmp_path / "predictions.json").read_text())["predictions"]) == 40
+
+
+def test_evaluate_needs_data(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, recipe: pathlib.Path) -> None:
+    model = load_huggingface(None, "image-classification", num_labels=4, config=VIT)
+    save_pretrained(model, tmp_path / "four")
+    assert "does not say which data it was made for: name it by --recipe" in failure(
+        capsys, "evaluate", tmp_path / "four"
+    )
+    message = failure(capsys, "evaluate", tmp_path / "four", "--recipe", recipe)
+    assert "tells 4 classes apart" in message and "10" in message
+
+
+def test_prune_and_quantize_write_new_folders_that_verify(
+    capsys: pytest.CaptureFixture[str], saved: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    out = success(capsys, "prune", saved, tmp_path / "pruned", "--sparsity", 0.6)
+    assert "smaller" in out and "of them not zero" in out
+    out = success(capsys, "quantize", tmp_path / "pruned", tmp_path / "small", "--scheme", "nf4", "--group-size", 32)
+    assert "smaller" in out
+    facts = success(capsys, "verify", tmp_path / "small")
+    for part in (
+        "huggingface",
+        "ViTForImageClassification",
+        "match the manifest",
+        "prune, quantize",
+        "logits (1, 10), finite",
+    ):
+        assert part in facts
+    assert success(capsys, "evaluate", tmp_path / "small", "--latency-rounds", 2)
+    assert "already exists: choose a new folder" in failure(capsys, "prune", saved, tmp_path / "pruned")
+    wrong = failure(capsys, "quantize", saved, tmp_path / "wrong", "--scheme", "w4a61")
+    assert "unknown scheme 'w4a61': did you mean 'w4a16'?" in wrong and not (tmp_path / "wrong").exists()
+    wrong = failure(capsys, "prune", saved, tmp_path / "wrong", "--method", "channels")
+    assert "method='heads' or method='neurons'" in wrong and not (tmp_path / "wrong").exists()
+
+
+def test_a_plain_hugging_face_folder_goes_in(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    load_huggingface(None, "image-classification", num_labels=10, config=VIT).save_pretrained(tmp_path / "plain")
+    assert "no manifest: not saved by pykd" in success(capsys, "verify", tmp_path / "plain")
+    success(capsys, "quantize", tmp_path / "plain", tmp_path / "small", "--group-size", 32)
+    (tmp_path / "plain" / "config.json").write_text("{")
+    assert "config.json cannot be read as JSON" in failure(capsys, "verify", tmp_path / "plain")
+
+
+def test_verify_a_torchvision_model_and_find_damage(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    folder = save_pretrained(load_torchvision("squeezenet1_1", num_classes=10), tmp_path / "net")
+    assert "torchvision squeezenet1_1" in success(capsys, "verify", folder)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "model.safetensors is altered: expected sha256" in failure(capsys, "verify", folder)
+
+
+def test_verify_refuses_what_does_not_compute(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    model = load_huggingface(None, "image-classification", num_labels=10, config=VIT)
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("nan"))
+    save_pretrained(model, tmp_path / "nan")
+    assert "gives values that are not finite" in failure(capsys, "verify", tmp_path / "nan")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "no space left for out: make room, then continue"),
+        (ImportError("No module named 'yaml'"), 2, "install what recipes need with `pip install 'pykd[all]'`"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept, continue with --resume"),
+    ],
+)
+def test_whatever_happens_there_is_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: pathlib.Path,
+    error: BaseException,
+    code: int,
+    sentence: str,
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pykd.pipeline.run_chain", broken)
+    assert sentence in failure(capsys, "run", recipe, code=code)

@@ -138,7 +138,7 @@ def verify(model: ModelDir) -> None:
 @app.command()
 def info() -> None:
     """What this installation can run, and which kernel serves which operation."""
-    from pykd import build_info
+    from pykd.ops.dispatch import build_info
 
     found = build_info()
     table = found.pop("table")

@@ -36,7 +36,7 @@ def stop_here(ready: int) -> None:
 
 
 def arm(where: str, ready: int) -> None:
-    """Make the process reach its point: the first step of a training, the middle of a stage, a measurement, the reload."""
+    """Make the process reach its point: a training's first step, a stage's middle, a measurement, the reload."""
     if where.startswith("train:"):
         label, step = where.removeprefix("train:"), Run.step
         reached: list[int] = []

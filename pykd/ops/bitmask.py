@@ -40,9 +40,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     tensor([[5, 1]], dtype=torch.uint8)
     """
     if mask.dtype != torch.bool or mask.ndim != 2:
-        raise ValueError(
-            f"pack_bits packs a boolean matrix [out, in]; got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
+        raise ValueError(f"pack_bits packs a boolean matrix [out, in]; got {mask.dtype} of shape {tuple(mask.shape)}")
     rows, columns = mask.shape
     padded = torch.zeros(rows, (columns + 7) // 8 * 8, dtype=torch.uint8, device=mask.device)
     padded[:, :columns] = mask

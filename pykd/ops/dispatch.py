@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 #: The op library: `torch.ops.pykd.*`.
-lib = torch.library.Library("pykd", "DEF")
+lib = torch.library.Library("pykd", "DEF")  # type: ignore[no-untyped-call]
 
 #: Codes of element types, the same as `DType` in csrc/ops.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

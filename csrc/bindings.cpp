@@ -57,12 +57,13 @@ void bind_sparse(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def(
       "sparse_linear",
-      [](Address x, Address bitmask, Address values, Address offsets, Address tail, Address bias, Address y, int64_t rows,
-         int64_t in_features, int64_t out_features, int64_t x_stride, int64_t tail_row, int value_dtype, int threads) {
+      [](Address x, Address bitmask, Address values, Address offsets, Address tail, Address bias, Address y,
+         int64_t rows, int64_t in_features, int64_t out_features, int64_t x_stride, int64_t tail_row, int value_dtype,
+         int threads) {
         pykd::table().sparse_linear({address<float>(x), address<uint8_t>(bitmask), address<void>(values),
                                      address<int64_t>(offsets), address<void>(tail), address<float>(bias),
-                                     address<float>(y), rows, in_features, out_features, x_stride, tail_row, value_dtype,
-                                     threads});
+                                     address<float>(y), rows, in_features, out_features, x_stride, tail_row,
+                                     value_dtype, threads});
       },
       release);
   m.def(
@@ -100,9 +101,14 @@ void bind_sparse(py::module_& m) {
         name,
         [expand](Address bitmask, Address offsets, Address values, Address dense, int64_t in_features,
                  int64_t out_features, int element_size, int threads) {
-          const pykd::BitmaskArgs args = {address<uint8_t>(bitmask), address<int64_t>(offsets), address<void>(values),
-                                          address<void>(dense),      in_features,               out_features,
-                                          element_size,              threads};
+          const pykd::BitmaskArgs args = {address<uint8_t>(bitmask),
+                                          address<int64_t>(offsets),
+                                          address<void>(values),
+                                          address<void>(dense),
+                                          in_features,
+                                          out_features,
+                                          element_size,
+                                          threads};
           expand ? pykd::table().bitmask_expand(args) : pykd::table().bitmask_gather(args);
         },
         release);
@@ -155,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
         args.threads = threads;
         pykd::table().linear_4bit(args);
       },
-      py::call_guard<py::gil_scoped_release>(), "y = x W^T + bias for a weight in layout int4_r16: see Linear4bitArgs.");
+      py::call_guard<py::gil_scoped_release>(),
+      "y = x W^T + bias for a weight in layout int4_r16: see Linear4bitArgs.");
   pykd::isa();  // an impossible PYKD_ISA is an error at import, not at the first call
 }

@@ -16,19 +16,19 @@ enum Direction : int { kForward = 0, kReverse = 1, kJsd = 2, kTv = 3 };
 
 // Softmax distillation losses of rows of logits and their gradient: see csrc/cpu/kl_div.cpp.
 struct KlDivArgs {
-  const void* student;      // [rows, student_classes] of student_dtype, rows student_stride elements apart
-  const void* teacher;      // [rows, teacher_classes] of teacher_dtype, rows teacher_stride elements apart
-  const int64_t* labels;    // [rows], read where scale is not 0; null without a label term
-  const float* scale;       // [rows] factor of a row's loss and gradient; 0 skips the row
-  float* losses;            // [rows] out: scale * (kl_weight * divergence + ce_weight * cross entropy)
-  void* gradient;           // [rows, student_classes] of student_dtype out, or null; may be the student's memory
-  int64_t* failure;         // [1] out: -1, the first row with a label out of range, or -2 when memory is exhausted
+  const void* student;    // [rows, student_classes] of student_dtype, rows student_stride elements apart
+  const void* teacher;    // [rows, teacher_classes] of teacher_dtype, rows teacher_stride elements apart
+  const int64_t* labels;  // [rows], read where scale is not 0; null without a label term
+  const float* scale;     // [rows] factor of a row's loss and gradient; 0 skips the row
+  float* losses;          // [rows] out: scale * (kl_weight * divergence + ce_weight * cross entropy)
+  void* gradient;         // [rows, student_classes] of student_dtype out, or null; may be the student's memory
+  int64_t* failure;       // [1] out: -1, the first row with a label out of range, or -2 when memory is exhausted
   int64_t rows;
   int64_t student_classes, teacher_classes;  // the narrower one is read as padded with -inf
   int64_t student_stride, teacher_stride;    // elements from row to row; the gradient's rows are adjacent
-  int student_dtype, teacher_dtype;  // DType
-  int direction;                     // Direction
-  double beta;                       // jsd: weight of the teacher in the mixture, in (0, 1)
+  int student_dtype, teacher_dtype;          // DType
+  int direction;                             // Direction
+  double beta;                               // jsd: weight of the teacher in the mixture, in (0, 1)
   double temperature;
   double kl_weight, ce_weight;
   double label_smoothing;
@@ -73,11 +73,11 @@ struct SparseLinearArgs {
 
 // y = x W^T + bias with W packed by csrc/cpu/sparse_pack.cpp for many rows: see csrc/cpu/sparse_panels.cpp.
 struct SparsePanelsArgs {
-  const float* x;        // fp32 [rows, x_stride]
-  const uint8_t* pack;   // the bytes that sparse_panels_pack wrote
-  const float* bias;     // fp32 [out_features] or null
-  float* scratch;        // fp32 [sparse_panels_scratch(rows, in_features, tile, threads)]
-  float* y;              // fp32 [rows, out_features]
+  const float* x;       // fp32 [rows, x_stride]
+  const uint8_t* pack;  // the bytes that sparse_panels_pack wrote
+  const float* bias;    // fp32 [out_features] or null
+  float* scratch;       // fp32 [sparse_panels_scratch(rows, in_features, tile, threads)]
+  float* y;             // fp32 [rows, out_features]
   int64_t rows, in_features, out_features, x_stride;
   int threads;
 };
@@ -87,16 +87,16 @@ struct BitmaskArgs {
   const uint8_t* bitmask;  // uint8 [out_features, ceil(in_features / 8)]
   const int64_t* offsets;  // int64 [out_features + 1]
   void* values;            // [nnz] elements of element_size bytes, row-major: read by expand, written by gather
-  void* dense;             // [out_features, in_features] elements of element_size bytes: written by expand, read by gather
+  void* dense;  // [out_features, in_features] elements of element_size bytes: written by expand, read by gather
   int64_t in_features, out_features;
   int element_size;  // 2 or 4
   int threads;
 };
 
 // X(op, arguments)
-#define PYKD_OPS(X)            \
-  X(kl_div, KlDivArgs)         \
-  X(linear_4bit, Linear4bitArgs) \
+#define PYKD_OPS(X)                  \
+  X(kl_div, KlDivArgs)               \
+  X(linear_4bit, Linear4bitArgs)     \
   X(sparse_linear, SparseLinearArgs) \
   X(sparse_panels, SparsePanelsArgs) \
   X(bitmask_expand, BitmaskArgs)     \

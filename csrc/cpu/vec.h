@@ -93,7 +93,8 @@ PYKD_INLINE F16 from_float<F16>(float x) {  // round to nearest even; overflow t
 
 constexpr int32_t kSqrtHalfBits = 0x3f3504f3;  // the float nearest to the square root of 1/2
 
-// --- F32: the vector --------------------------------------------------------------------------------------------------
+// --- F32: the vector
+// --------------------------------------------------------------------------------------------------
 
 #if defined(PYKD_LEVEL_avx512)
 
@@ -122,7 +123,8 @@ PYKD_INLINE __m256i bf16_bits(F32 x) {
 }
 PYKD_INLINE void store(BF16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_bits(x)); }
 PYKD_INLINE void store(F16* p, F32 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 PYKD_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 PYKD_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -130,11 +132,9 @@ PYKD_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 PYKD_INLINE F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 PYKD_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
 PYKD_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
-PYKD_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is NaN
-PYKD_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
-PYKD_INLINE F32 round_even(F32 x) {
-  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+PYKD_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }                  // b where either is NaN
+PYKD_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }                  // b where either is NaN
+PYKD_INLINE F32 round_even(F32 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 struct Mask {
   __mmask16 m;
 };
@@ -166,9 +166,7 @@ PYKD_INLINE F32 load(const BF16* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
 }
-PYKD_INLINE F32 load(const F16* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
+PYKD_INLINE F32 load(const F16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 PYKD_INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }
 PYKD_INLINE __m128i bf16_bits(F32 x) {
   const __m256i bits = _mm256_castps_si256(x.v);
@@ -191,9 +189,7 @@ PYKD_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v
 PYKD_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 PYKD_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
 PYKD_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
-PYKD_INLINE F32 round_even(F32 x) {
-  return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+PYKD_INLINE F32 round_even(F32 x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 struct Mask {
   __m256 m;
 };
@@ -206,7 +202,8 @@ PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {
   const __m256i half = _mm256_srai_epi32(whole, 1);
   const __m256i bias = _mm256_set1_epi32(127);
   const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
+  const __m256 second =
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, first), second)};
 }
 PYKD_INLINE F32 low_bits_to_exponent(F32 x) {
@@ -269,7 +266,8 @@ PYKD_INLINE F32 exponent_and_mantissa(F32 x, F32* mantissa) {
 
 #endif
 
-// --- verbs built from the above -----------------------------------------------------------------------------------------
+// --- verbs built from the above
+// -----------------------------------------------------------------------------------------
 
 // The first n (0 <= n < kWidth) elements at p; the other lanes hold `fill`.
 template <class T>
@@ -338,8 +336,8 @@ PYKD_INLINE ScaledExp scaled_exp(double scale) {
 template <int kCount>
 PYKD_INLINE void exp(const F32 (&x)[kCount], const ScaledExp* const (&constants)[kCount], F32 (&out)[kCount]) {
   // Minimax polynomial for 2^-r on [-1/2, 1/2], highest power first; relative error 2e-9.
-  constexpr float kPolynomial[] = {1.535336196e-4f,  -1.339887502e-3f, 9.618436918e-3f, -5.550332367e-2f,
-                                   2.402264774e-1f, -6.931471825e-1f, 1.0f};
+  constexpr float kPolynomial[] = {
+      1.535336196e-4f, -1.339887502e-3f, 9.618436918e-3f, -5.550332367e-2f, 2.402264774e-1f, -6.931471825e-1f, 1.0f};
   const F32 magic = set1(12583039.0f);  // 1.5 * 2^23 + 127: leaves round(n) + 127 in the low bits of the sum
   F32 clamped[kCount], shifted[kCount], r[kCount], p[kCount];
   for (int i = 0; i < kCount; ++i) clamped[i] = max(constants[i]->smallest, x[i]);  // NaN: max returns the second

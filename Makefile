@@ -8,7 +8,7 @@ NATIVE := $(shell find csrc kernels -type f 2>/dev/null) CMakeLists.txt pyprojec
 FAST := not gpu and not slow and not network and not browser
 RESULT := $(shell uname -m)-$(shell date +%Y%m%d)
 
-.PHONY: help demo test test-all bench lint format build sanitize gpu-check clean
+.PHONY: help demo test test-all bench lint format build gpu-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

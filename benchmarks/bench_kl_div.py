@@ -1,0 +1,148 @@
+"""kd_loss, forward and backward, beside torch eager, torch.compile, and the limit: torch.add(s, t, out=o).
+
+The limit reads both logits and writes one tensor of their size, which is what the loss must move. Every variant's loss
+and gradient are checked against float64 first. `extra_info` holds the bytes moved, the bandwidth they imply and the
+share of the limit measured in the same test. A second test prints ratios of interleaved rounds, which load on the
+machine moves far less than times. PYKD_BENCH=small runs the smallest shape once.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pykd
+
+SMALL = os.environ.get("PYKD_BENCH") == "small"
+SHAPES = [(64, 1000)] if SMALL else [(4096, 1000), (1024, 32_000), (256, 151_936)]
+ROUNDS = 1 if SMALL else 7
+TEMPERATURE, ALPHA = 4.0, 0.5
+
+#: One call from logits to (loss, gradient).
+Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def torch_kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """The loss as users of torch write it."""
+    logs = [(x.float() / TEMPERATURE).log_softmax(-1) for x in (student, teacher)]
+    soft = F.kl_div(*logs, log_target=True, reduction="batchmean") * TEMPERATURE**2
+    return ALPHA * soft + (1 - ALPHA) * F.cross_entropy(student.float(), labels)
+
+
+class Case:
+    """Logits of one shape, and every variant as a step with its own preparation."""
+
+    def __init__(self, rows: int, classes: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.student = torch.randn(rows, classes, generator=generator) * 3
+        self.teacher = torch.randn(rows, classes, generator=generator) * 3
+        self.labels = torch.randint(0, classes, (rows,), generator=generator)
+        self.out = torch.zeros_like(self.student)
+        self.compiled: Any = torch.compile(torch_kd_loss, fullgraph=True, dynamic=False)
+
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """Fresh student logits under autograd that are no leaf, as a model returns them. Not timed."""
+        return self.student.detach().to(dtype).requires_grad_().clone()
+
+    def variant(self, name: str) -> tuple[Callable[[], Tensor], Step]:
+        """(preparation, step) of one variant; "bf16" in the name chooses the element type."""
+        dtype = torch.bfloat16 if "bf16" in name else torch.float32
+        teacher, labels = self.teacher.to(dtype), self.labels
+
+        def step(student: Tensor) -> tuple[Tensor, Tensor]:
+            if name.startswith("pykd"):
+                direction = name.split()[-1] if name.split()[-1] in ("reverse", "jsd", "tv") else "forward"
+                loss = pykd.kd_loss(student, teacher, labels, temperature=TEMPERATURE, alpha=ALPHA,
+                                    inplace="in place" in name, direction=direction)  # fmt: skip
+            else:
+                loss = (self.compiled if "compile" in name else torch_kd_loss)(student, teacher, labels)
+            return loss, torch.autograd.grad(loss, student)[0]
+
+        return lambda: self.logits(dtype), step
+
+    def limit(self) -> None:
+        torch.add(self.student, self.teacher, out=self.out)
+
+
+VARIANTS = ["pykd in place", "pykd fresh", "pykd bf16 in place", "torch eager", "torch compile"]
+
+
+def check(case: Case, name: str) -> None:
+    """Loss and gradient of a few rows of the real call against float64."""
+    prepare, step = case.variant(name)
+    loss, gradient = step(prepare())
+    rows = slice(0, 8)
+    exact = case.student[rows].to(gradient.dtype).double().requires_grad_()
+    teacher = case.teacher[rows].to(gradient.dtype)
+    scale = 8 / len(case.student)
+    want = torch.autograd.grad(torch_kd_loss_double(exact, teacher.double(), case.labels[rows]) * scale, exact)[0]
+    error = float((gradient[rows].double() - want).abs().max() / want.abs().max())
+    assert error < (5e-3 if gradient.dtype == torch.bfloat16 else 1e-5), f"{name}: relative error {error:.1e}"
+    assert bool(loss.isfinite())
+
+
+def torch_kd_loss_double(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    logs = [(x / TEMPERATURE).log_softmax(-1) for x in (student, teacher)]
+    soft = F.kl_div(*logs, log_target=True, reduction="batchmean") * TEMPERATURE**2
+    return ALPHA * soft + (1 - ALPHA) * F.cross_entropy(student, labels)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_kl_div(benchmark: Any, shape: tuple[int, int], name: str) -> None:
+    case = Case(*shape)
+    check(case, name)
+    prepare, step = case.variant(name)
+    benchmark.pedantic(step, setup=lambda: ((prepare(),), {}), rounds=ROUNDS, warmup_rounds=1)
+    median_s = benchmark.stats.stats.median
+    limit_s = statistics.median(seconds(case.limit) for _ in range(ROUNDS + 2))
+    moved_bytes = 3 * case.student.numel() * (2 if "bf16" in name else 4)
+    benchmark.extra_info.update(
+        bandwidth_gb_s=moved_bytes / median_s / 1e9,
+        times_the_limit=median_s / limit_s,
+        isa=pykd.build_info()["isa"],
+        threads=torch.get_num_threads(),
+    )
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ratios(shape: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:
+    """Interleaved rounds: each variant's time over the limit's, and eager and compile over pykd (median of rounds)."""
+    case = Case(*shape)
+    names = [*VARIANTS, "pykd in place reverse", "pykd in place tv", "pykd in place jsd"]
+    variants = [case.variant(name) for name in names]
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        times = [seconds(case.limit)]
+        for prepare, step in variants:
+            student = prepare()
+            times.append(seconds(lambda step=step, student=student: step(student)))  # type: ignore[misc]
+        rounds.append(times)
+    rounds = rounds[1:] or rounds
+    eager, compiled = names.index("torch eager") + 1, names.index("torch compile") + 1
+    limit_ms = statistics.median(r[0] for r in rounds) * 1e3
+    where = f"{torch.get_num_threads()} threads, {pykd.build_info()['isa']}"
+    lines = ["", f"kd_loss {shape[0]} x {shape[1]}, T={TEMPERATURE:g}, {where}, torch.add {limit_ms:.1f} ms"]
+    lines.append(f"{'':24}{'ms':>9}{'x torch.add':>13}{'eager /':>10}{'compile /':>11}")
+    for i, name in enumerate(names, 1):
+        ratios = [statistics.median(r[a] / r[b] for r in rounds) for a, b in ((i, 0), (eager, i), (compiled, i))]
+        best_ms = statistics.median(r[i] for r in rounds) * 1e3
+        lines.append(f"{name:24}{best_ms:9.1f}{ratios[0]:13.2f}{ratios[1]:10.1f}{ratios[2]:11.1f}")
+    with capsys.disabled():
+        print("\n".join(lines))

@@ -15,6 +15,7 @@ from torch import Tensor
 from pykd.ops import memory
 from pykd.ops.dispatch import DTYPE_CODES, TABLE, Route, dtype_code, lib, native, num_threads
 from pykd.ops.kl_div_reference import DIRECTIONS, kl_div_reference
+from pykd.ops.row_loss import register_autograd
 
 #: Direction -> its code in csrc/ops.h.
 DIRECTION_CODES = {name: code for code, name in enumerate(DIRECTIONS)}
@@ -160,46 +161,4 @@ def _fake_in_place(student: Tensor, teacher: Tensor, labels: Tensor | None, scal
     return torch.empty_like(scale, memory_format=torch.contiguous_format)
 
 
-class _OnlyOnce(torch.autograd.Function):
-    """Identity on the gradient; differentiating it once more is an error instead of a silent zero."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("kl_div has no second derivative: drop create_graph=True, or write the loss in plain torch")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or autograd would fill a second buffer of the gradient's size with zeros
-    ctx.save_for_backward(output[1])
-    ctx.need_grad = inputs[4]
-
-
-def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 11
-    if not ctx.need_grad:
-        raise RuntimeError("kl_div ran with need_grad=False, so there is no gradient: call it with need_grad=True")
-    (gradient,) = ctx.saved_tensors
-    plain = type(gradient) is Tensor and type(upstream) is Tensor
-    if plain and torch.is_grad_enabled():  # create_graph=True
-        twice = (gradient * upstream.detach().unsqueeze(1)).to(gradient.dtype)
-        return (_OnlyOnce.apply(twice.requires_grad_()), *[None] * 10)  # type: ignore[no-untyped-call]
-    if plain and upstream.device.type == "cpu":
-        return (scale_gradient(gradient, upstream), *[None] * 10)
-    return ((gradient * upstream.unsqueeze(1)).to(gradient.dtype), *[None] * 10)
-
-
-def scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """`gradient * upstream` per row on the CPU; the gradient itself, without a sweep, where upstream is all ones."""
-    if bool((upstream == 1).all()):
-        return gradient
-    result = memory.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
-    return torch.mul(gradient, upstream.unsqueeze(1), out=result)
-
-
-torch.library.register_autograd("pykd::kl_div", _backward, setup_context=_setup_context, lib=lib)
+register_autograd("kl_div")

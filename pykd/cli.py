@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,7 @@ def run(
     for done in run_chain(
         recipe, output_dir=output, resume=resume, overwrite=overwrite, short=short, overrides=settings or ()
     ):
-        typer.echo(f"\n{done.summary()}\n")
+        typer.echo(f"\n{done.summary(width=_columns())}\n")
         identical &= done.reload.identical
     if not identical:
         raise typer.Exit(1)
@@ -187,10 +188,25 @@ def _say(text: str, code: int) -> int:
     return code
 
 
+def _columns() -> int | None:
+    """Width of the terminal; None where the output goes to a file."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def _table(facts: dict[str, Any]) -> None:
     width = max(len(name) for name in facts)
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+class _Console(logging.StreamHandler[Any]):
+    """Messages on stderr that leave a progress bar whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
 
 
 def _talk(level: int) -> None:
@@ -198,7 +214,7 @@ def _talk(level: int) -> None:
     package = logging.getLogger("pykd")
     handler = next((h for h in package.handlers if getattr(h, "pykd_console", False)), None)
     if handler is None:
-        handler = logging.StreamHandler()
+        handler = _Console()
         handler.pykd_console = True  # type: ignore[attr-defined]
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         package.addHandler(handler)

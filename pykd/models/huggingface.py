@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from pykd.errors import ModelLoadError, nearest
+
+logger = logging.getLogger(__name__)
 
 #: Task -> the class of transformers that loads a model with the head for it.
 TASKS: dict[str, str] = {
@@ -102,7 +106,8 @@ def _from_pretrained(
     if "num_labels" in overrides:
         options = {"ignore_mismatched_sizes": True, **options}
     try:
-        model, info = auto.from_pretrained(name, output_loading_info=True, **overrides, **options)
+        with _quiet():
+            model, info = auto.from_pretrained(name, output_loading_info=True, **overrides, **options)
     except Exception as error:  # hub, network, file and format errors share no base class
         raise ModelLoadError(
             f"{name!r}{f' (revision {revision})' if revision else ''} could not be loaded for {task}, neither from a "
@@ -115,8 +120,26 @@ def _from_pretrained(
             f"{name!r} does not fit its own config with {overrides}: {len(wrong)} tensors have another shape "
             f"(first: {wrong[0]!r}); leave out what changes the shape of pretrained layers."
         )
+    if info["missing_keys"]:
+        logger.info("%s lacks %s: newly initialised, to be trained", name, ", ".join(sorted(info["missing_keys"])))
     loaded: nn.Module = model
     return loaded
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bar and table of missing keys, which a log of ours replaces."""
+    from transformers.utils import logging as theirs
+
+    level, bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bar:
+            theirs.enable_progress_bar()
 
 
 def _hub() -> str:

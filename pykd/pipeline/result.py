@@ -114,11 +114,11 @@ class Run:
             f"{ratio.faster:.2f}x as fast at batch 1 and makes {errors} on {len(self.final.labels)} held-out examples"
         )
 
-    def summary(self) -> str:
-        """What the command line prints at the end: the table, the verdict, where things are."""
+    def summary(self, *, width: int | None = None) -> str:
+        """What the command line prints at the end: the table (``width`` columns at most), the verdict, the places."""
         return "\n".join(
             [
-                self.comparison.text(),
+                self.comparison.text(width=width),
                 "",
                 f"{self.verdict()}.",
                 f"{self.reload.sentence()}.",

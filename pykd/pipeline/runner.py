@@ -93,6 +93,7 @@ class Pipeline:
         spec = self.recipe.teacher
         model = build_model(spec, self.recipe, self.data, key="teacher")
         if spec.train is not None:
+            logger.info("teacher: training with %s", spec.train.model_dump(exclude_unset=True) or "the defaults")
             context = self._context("teacher", folder.with_name(f"{folder.name}.checkpoints"))
             finetune(model, self.data, **train_options(spec.train, context))
         save_pretrained(model, folder, tokenizer=self.data.tokenizer, provenance=self._provenance("teacher"))
@@ -138,6 +139,8 @@ class Pipeline:
             report = report.with_speedup(previous.name, timed.speedup("now", baseline="before"))
             report = report.with_speedup(self.measured[0].report.name, timed.speedup("now"))
             logger.info("%s", progress_line(report, previous))
+        else:
+            logger.info("%s: %.2f %% accuracy, %.2f MB", report.name, 100 * report.accuracy, report.size_bytes / 1e6)
         details = (getattr(model, "pykd_report", None) or [{}])[-1]
         entry = Measured(
             stage=name, report=report, seconds=seconds, sha256=sha256(folder / WEIGHTS), cached=cached, details=details

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from pykd.data.bundle import DataBundle
 from pykd.training.config import TrainConfig
 from pykd.training.history import History
 from pykd.training.interrupt import deferred_interrupt
+from pykd.training.progress import Progress
 from pykd.training.rng import preserved_rng
 from pykd.training.run import LossFunction, Run
 from pykd.training.source import Loader
@@ -36,8 +35,8 @@ def fit(
     (dicts of tensors). With ``checkpoint_dir`` a checkpoint is written every ``config.checkpoint_steps`` steps, at
     Ctrl-C (after the step, then KeyboardInterrupt) and at the end; ``resume=True`` continues from it with the same
     data order, optimizer and random state. It is refused when config, data or ``settings`` (JSON-able values that the
-    loss depends on) were others. progress: True, False, or None for a bar only on a terminal (stderr). Python's,
-    NumPy's and torch's global generators are left as they were found.
+    loss depends on) were others. progress: True, False, or None for a bar only on a terminal (stderr); unless it
+    is False the log gets a line every minute. Python's, NumPy's and torch's global generators are left as they were.
 
     Raises TrainingError at a loss or gradient that is not finite (the weights are those of the last good step),
     ArtifactError when ``checkpoint_dir`` holds another run.
@@ -57,25 +56,13 @@ def fit(
         rng = run.resume() if resume else None
         model.train()
         try:
-            with _bar(progress, label, run.history) as bar:
+            with Progress(run.history, label, show=progress) as shown:
                 for batch in run.source.stream(run.history.steps, run.history.total_steps, rng):
                     run.step(loss_fn, batch)
-                    bar.set_postfix(loss=f"{run.history.records[-1]['loss']:.4f}", refresh=False)
-                    bar.update()
+                    shown.step()
                     if interrupted():
                         raise KeyboardInterrupt(run.stopped(label))
                     run.checkpoint_if_due()
         finally:
             model.train(was_training)
     return run.history
-
-
-@contextlib.contextmanager
-def _bar(progress: bool | None, label: str, history: History) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    disable = None if progress is None else not progress
-    with tqdm(
-        total=history.total_steps, initial=history.steps, desc=label, unit="step", disable=disable, dynamic_ncols=True
-    ) as bar:
-        yield bar

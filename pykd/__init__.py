@@ -25,6 +25,7 @@ _LAZY: dict[str, str] = {
     "prune": "pykd.pruning",
     "linear_4bit": "pykd.ops.linear_4bit",
     "linear_8bit": "pykd.ops.linear_8bit",
+    "linear_kd_loss": "pykd.ops.linear_kd_loss",
     "quantize": "pykd.quantization",
     "run": "pykd.pipeline",
     "save_pretrained": "pykd.io.save",

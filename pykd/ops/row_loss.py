@@ -99,7 +99,7 @@ def check_inplace(student: Tensor, teacher: Mapping[str, Tensor]) -> None:
     if base is not None and base.numel() != student.numel():
         raise ValueError("inplace=True would overwrite part of a larger tensor that student_logits is a view of")
     for name, tensor in teacher.items():
-        if student.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+        if student.numel() > 0 and student.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
             raise ValueError(f"inplace=True would overwrite {name}, which share memory with student_logits")
 
 

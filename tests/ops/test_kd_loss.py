@@ -100,6 +100,7 @@ def test_nothing_left_is_zero(reduction: str) -> None:
         pykd.kd_loss(student, teacher, torch.full((3,), -100), reduction=reduction),
         pykd.kl_div_loss(student, teacher, mask=torch.zeros(3, dtype=torch.bool), reduction=reduction),
         pykd.kl_div_loss(student[:0], teacher[:0], reduction=reduction),
+        pykd.kd_loss(student[:0] * 1, teacher[:0].clone(), None, alpha=1.0, reduction=reduction, inplace=True),
     ):
         assert loss.item() == 0
         assert bool((gradient(loss, student) == 0).all())

@@ -48,10 +48,11 @@ def check_labels(labels: Tensor | None, scale: Tensor, classes: int) -> None:
     if labels.is_cuda:  # the host must not wait for the answer
         torch._assert_async(valid.all(), f"kd_loss: a label is outside [0, {classes}) and is not ignore_index")
     elif not bool(valid.all()):
-        raise _bad_label(labels, int((~valid).nonzero()[0]), classes)
+        raise bad_label(labels, int((~valid).nonzero()[0]), classes)
 
 
-def _bad_label(labels: Tensor, row: int, classes: int) -> ValueError:
+def bad_label(labels: Tensor, row: int, classes: int) -> ValueError:
+    """The error for a label that is no class."""
     return ValueError(
         f"labels must lie in [0, {classes}) or equal ignore_index, but position {row} holds {int(labels[row])}: "
         "correct the label or mask the position"
@@ -111,7 +112,7 @@ def _run_native(
     )
     if failed >= 0:
         assert labels is not None
-        raise _bad_label(labels, failed, classes)
+        raise bad_label(labels, failed, classes)
     return losses
 
 

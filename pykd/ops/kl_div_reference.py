@@ -16,12 +16,12 @@ _Pair = tuple[Tensor, Tensor]
 _INF = float("inf")
 
 
-def _expected(p: Tensor, x: Tensor) -> Tensor:
+def expected(p: Tensor, x: Tensor) -> Tensor:
     """p * x, and 0 where p is exactly 0 for a class that is not there (x may be infinite)."""
     return torch.where((p == 0) & (x != _INF), 0.0, torch.where(x == _INF, x, p * x))
 
 
-def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
+def log_ratio(a: Tensor, b: Tensor) -> Tensor:
     """a - b for logarithms: -inf against -inf is 0."""
     return torch.where(a == b, 0.0, a - b)
 
@@ -33,19 +33,19 @@ def _softmax_slope(p: Tensor, g: Tensor) -> Tensor:
 
 
 def _forward(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pair:
-    return _expected(q, _log_ratio(log_q, log_p)).sum(-1), p - q
+    return expected(q, log_ratio(log_q, log_p)).sum(-1), p - q
 
 
 def _reverse(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pair:
-    ratio = _log_ratio(log_p, log_q)
-    kl = _expected(p, ratio).sum(-1)
+    ratio = log_ratio(log_p, log_q)
+    kl = expected(p, ratio).sum(-1)
     return kl, torch.where((kl == _INF).unsqueeze(-1), 0.0, _softmax_slope(p, ratio))
 
 
 def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pair:
     log_m = (beta * q + (1 - beta) * p).log()
-    of_student, of_teacher = _log_ratio(log_p, log_m), _log_ratio(log_q, log_m)
-    loss = beta * _expected(q, of_teacher).sum(-1) + (1 - beta) * _expected(p, of_student).sum(-1)
+    of_student, of_teacher = log_ratio(log_p, log_m), log_ratio(log_q, log_m)
+    loss = beta * expected(q, of_teacher).sum(-1) + (1 - beta) * expected(p, of_student).sum(-1)
     return loss, (1 - beta) * _softmax_slope(p, of_student)
 
 
@@ -63,7 +63,7 @@ DIRECTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], _Pair]] 
 }
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
     """log_softmax, and -inf (no distribution) instead of NaN for a row that is -inf throughout."""
     return torch.where((logits == -_INF).all(-1, keepdim=True), -_INF, log_softmax(logits, -1))
 
@@ -71,7 +71,7 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 def _divergence(student: Tensor, teacher: Tensor, temperature: float, direction: str, beta: float) -> _Pair:
     classes = max(student.shape[1], teacher.shape[1])
     log_p, log_q = (
-        _log_probabilities(pad(logits, (0, classes - logits.shape[1]), value=-_INF) / temperature)
+        log_probabilities(pad(logits, (0, classes - logits.shape[1]), value=-_INF) / temperature)
         for logits in (student, teacher)
     )
     value, slope = DIRECTIONS[direction](log_p.exp(), log_q.exp(), log_p, log_q, beta)
@@ -82,7 +82,7 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, direction:
 
 
 def _cross_entropy(student: Tensor, labels: Tensor, used: Tensor, smoothing: float) -> _Pair:
-    log_p = _log_probabilities(student)
+    log_p = log_probabilities(student)
     labels = torch.where(used, labels, 0)
     value = -(1 - smoothing) * log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
     target = (1 - smoothing) * one_hot(labels, student.shape[1]).to(student.dtype)
@@ -110,11 +110,26 @@ def kl_div_reference(
     if an input has it. The gradient has the student's type; a row of scale 0 is skipped whatever it holds.
     """
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    rows = student.shape[0]
-    loss, gradient = torch.zeros(rows, dtype=dtype, device=student.device), torch.zeros_like(student, dtype=dtype)
+    divergence = None
     if kl_weight != 0:
-        value, slope = _divergence(student.to(dtype), teacher.to(dtype), temperature, direction, beta)
-        loss, gradient = loss + kl_weight * value, gradient + kl_weight * slope
+        divergence = _divergence(student.to(dtype), teacher.to(dtype), temperature, direction, beta)
+    return mixed(student, divergence, labels, scale, kl_weight, ce_weight, label_smoothing, dtype)
+
+
+def mixed(
+    student: Tensor,
+    divergence: _Pair | None,
+    labels: Tensor | None,
+    scale: Tensor,
+    kl_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+    dtype: torch.dtype,
+) -> _Pair:
+    """A divergence with its gradient (None counts 0) and the cross entropy, weighted, scaled, in the student's type."""
+    loss, gradient = torch.zeros_like(scale, dtype=dtype), torch.zeros_like(student, dtype=dtype)
+    if divergence is not None:
+        loss, gradient = loss + kl_weight * divergence[0], gradient + kl_weight * divergence[1]
     if labels is not None and ce_weight != 0:
         value, slope = _cross_entropy(student.to(dtype), labels, scale != 0, label_smoothing)
         loss, gradient = loss + ce_weight * value, gradient + ce_weight * slope

@@ -52,6 +52,39 @@ std::int64_t kl_div(std::uintptr_t student, std::uintptr_t teacher, std::uintptr
   return failure;
 }
 
+std::int64_t kl_div_topk(std::uintptr_t student, std::uintptr_t ids, std::uintptr_t log_probs, std::uintptr_t labels,
+                         std::uintptr_t scale, std::uintptr_t losses, std::uintptr_t gradient, std::int64_t rows,
+                         std::int64_t classes, std::int64_t kept, std::int64_t student_stride, int student_dtype,
+                         int teacher_dtype, bool tail, double temperature, double power, double kl_weight,
+                         double ce_weight, double label_smoothing, int threads) {
+  std::int64_t failure = -1;
+  pykd::KlDivTopkArgs args{};
+  args.student = address<const void>(student);
+  args.ids = address<const std::int64_t>(ids);
+  args.log_probs = address<const void>(log_probs);
+  args.labels = address<const std::int64_t>(labels);
+  args.scale = address<const float>(scale);
+  args.losses = address<float>(losses);
+  args.gradient = address<void>(gradient);
+  args.failure = &failure;
+  args.rows = rows;
+  args.classes = classes;
+  args.kept = kept;
+  args.student_stride = student_stride;
+  args.student_dtype = student_dtype;
+  args.teacher_dtype = teacher_dtype;
+  args.tail = tail;
+  args.temperature = temperature;
+  args.power = power;
+  args.kl_weight = kl_weight;
+  args.ce_weight = ce_weight;
+  args.label_smoothing = label_smoothing;
+  args.threads = threads;
+  pykd::table().kl_div_topk(args);
+  if (failure == -2) throw std::bad_alloc();
+  return failure;
+}
+
 void bind_sparse(py::module_& m) {
   using Address = uintptr_t;
   const auto release = py::call_guard<py::gil_scoped_release>();
@@ -136,6 +169,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("temperature"), py::arg("kl_weight"), py::arg("ce_weight"), py::arg("label_smoothing"),
         py::arg("threads"),
         "Distillation losses and gradient of rows of logits; returns -1 or the first row with a label out of range.");
+  m.def("kl_div_topk", &kl_div_topk, py::call_guard<py::gil_scoped_release>(), py::arg("student"), py::arg("ids"),
+        py::arg("log_probs"), py::arg("labels"), py::arg("scale"), py::arg("losses"), py::arg("gradient"),
+        py::arg("rows"), py::arg("classes"), py::arg("kept"), py::arg("student_stride"), py::arg("student_dtype"),
+        py::arg("teacher_dtype"), py::arg("tail"), py::arg("temperature"), py::arg("power"), py::arg("kl_weight"),
+        py::arg("ce_weight"), py::arg("label_smoothing"), py::arg("threads"),
+        "Distillation losses and gradient from kept classes; returns -1, the first row with a label out of range, or "
+        "rows + the first row with an id out of range.");
   bind_sparse(m);
   m.attr("linear_4bit_rows") = pykd::kLinear4bitRows;
   m.def(

@@ -35,6 +35,28 @@ struct KlDivArgs {
   int threads;
 };
 
+// The same for a teacher of which some classes were kept: see csrc/cpu/kl_div_topk.cpp.
+struct KlDivTopkArgs {
+  const void* student;    // [rows, classes] of student_dtype, rows student_stride elements apart
+  const int64_t* ids;     // [rows, kept] in [0, classes), in any order, repeated or not; -1 is no entry
+  const void* log_probs;  // [rows, kept] of teacher_dtype: logarithms of the weights w
+  const int64_t* labels;  // [rows], read where scale is not 0; null without a label term
+  const float* scale;     // [rows] factor of a row's loss and gradient; 0 skips the row
+  float* losses;          // [rows] out: scale * (kl_weight * divergence + ce_weight * cross entropy)
+  void* gradient;         // [rows, classes] of student_dtype out, or null; may be the student's memory
+  int64_t* failure;       // [1] out: -1, the first row with a label out of range, rows + the first row with an id
+                          // out of range, or -2 when memory is exhausted
+  int64_t rows, classes, kept;
+  int64_t student_stride;            // elements from row to row; the gradient's rows are adjacent
+  int student_dtype, teacher_dtype;  // DType
+  int tail;                          // 1: the classes that are not kept are one more class, of weight max(0, 1 - sum w)
+  double temperature;                // of the student
+  double power;                      // the target is w^power with the sum of w; 1 with `tail`
+  double kl_weight, ce_weight;
+  double label_smoothing;
+  int threads;
+};
+
 // 4-bit codes, the same as CODES in pykd/ops/int4_r16.py.
 enum Code4 : int { kInt4 = 0, kUint4 = 1, kCodebook4 = 2 };
 
@@ -96,6 +118,7 @@ struct BitmaskArgs {
 // X(op, arguments)
 #define PYKD_OPS(X)                  \
   X(kl_div, KlDivArgs)               \
+  X(kl_div_topk, KlDivTopkArgs)      \
   X(linear_4bit, Linear4bitArgs)     \
   X(sparse_linear, SparseLinearArgs) \
   X(sparse_panels, SparsePanelsArgs) \

@@ -28,6 +28,28 @@ def kl_div(
     label_smoothing: float,
     threads: int,
 ) -> int: ...
+def kl_div_topk(
+    student: int,
+    ids: int,
+    log_probs: int,
+    labels: int,
+    scale: int,
+    losses: int,
+    gradient: int,
+    rows: int,
+    classes: int,
+    kept: int,
+    student_stride: int,
+    student_dtype: int,
+    teacher_dtype: int,
+    tail: bool,
+    temperature: float,
+    power: float,
+    kl_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+    threads: int,
+) -> int: ...
 def sparse_linear(
     x: int,
     bitmask: int,

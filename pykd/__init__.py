@@ -21,6 +21,7 @@ _LAZY: dict[str, str] = {
     "finetune": "pykd.training.finetune",
     "from_pretrained": "pykd.io.load",
     "kd_loss": "pykd.ops.kd_loss",
+    "kd_loss_topk": "pykd.ops.kd_loss_topk",
     "kl_div_loss": "pykd.ops.kd_loss",
     "prune": "pykd.pruning",
     "linear_4bit": "pykd.ops.linear_4bit",

@@ -14,7 +14,9 @@ __version__ = "0.1.0"
 
 #: Public name -> module that defines it.
 _LAZY: dict[str, str] = {
+    "TeacherCache": "pykd.distillation",
     "build_info": "pykd.ops.dispatch",
+    "cache_teacher": "pykd.distillation",
     "compare": "pykd.evaluation",
     "distill": "pykd.distillation",
     "evaluate": "pykd.evaluation",

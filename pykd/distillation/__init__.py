@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pykd.distillation.cache import cache_teacher
 from pykd.distillation.distill import METHODS, distill
 from pykd.distillation.logits import logits_loss
+from pykd.distillation.teacher_cache import TeacherCache
 
-__all__ = ["METHODS", "distill", "logits_loss"]
+__all__ = ["METHODS", "TeacherCache", "cache_teacher", "distill", "logits_loss"]

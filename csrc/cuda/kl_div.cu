@@ -1,268 +1,280 @@
-// Distillation losses and their gradient, one block per row of logits: the meaning is that of csrc/cpu/kl_div.cpp.
+// Distillation losses and their gradient, one block per row of logits: the meaning is that of csrc/cpu/kl_div.cpp, the
+// arithmetic that of csrc/cuda/kl_div_device.cuh. Rows that a cluster's shared memory holds go to kl_div_cluster.cu.
 //
-// Sweep 1 (one DRAM read of both rows): every thread keeps maximum and normaliser of what it has seen (online softmax),
-// 16 bytes per load where rows are aligned; one block reduction merges them. Then `forward` takes one more sweep for
-// its value and gradient together; the other directions need their row sums before the gradient and take a sweep
-// between. While the rows in flight fit in L2 the later sweeps do not reach DRAM. The gradient may overwrite the
-// student's row: each element is read and written by one thread. Labels were checked on the device before.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cfloat>
-
+// Sweep 1 reads both rows from device memory, 16 bytes per load where the student's row is aligned: every thread keeps
+// the maxima and sums of what it has seen, and two rounds of shuffles merge them. The gradient takes one more sweep;
+// jsd and tv need their sums over P and Q first and take a sweep between. Two blocks of 512 threads and 64 registers
+// run on a multiprocessor, so 2 x 108 rows of 32768 classes in half types (28 MB) stay in an A100's 40 MB of L2 and
+// the later sweeps do not reach device memory. The gradient may overwrite the student's row: each element is read and
+// written by one thread. Labels were checked on the device before.
+#include "cuda/kl_div_cluster.h"
+#include "cuda/kl_div_device.cuh"
 #include "cuda/launchers.h"
-#include "ops.h"
 
+namespace pykd::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ void from_float(float x, float* out) { *out = x; }
-__device__ void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
-__device__ void from_float(float x, __half* out) { *out = __float2half_rn(x); }
-
-constexpr int kPack = 4;  // elements a thread handles at once: one 16-byte load of float, 8 bytes of half types
+// A row of logits as float; classes that do not exist are -inf.
 template <class T>
-struct alignas(kPack * sizeof(T)) Pack {
-  T x[kPack];
-};
+struct Reader {
+  const T* row;
+  int64_t classes;
 
-// The kPack logits from `column` on as float; classes that do not exist are -inf.
-template <class T>
-__device__ void load_pack(const T* row, int64_t column, int64_t classes, bool aligned, float (&out)[kPack]) {
-  if (aligned && column + kPack <= classes) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(row + column);
-    for (int i = 0; i < kPack; ++i) out[i] = to_float(pack.x[i]);
-  } else {
-    for (int i = 0; i < kPack; ++i) out[i] = column + i < classes ? to_float(row[column + i]) : -INFINITY;
-  }
-}
-
-template <class T>
-__device__ void store_pack(T* row, int64_t column, int64_t classes, bool aligned, const float (&in)[kPack]) {
-  if (aligned && column + kPack <= classes) {
-    Pack<T> pack;
-    for (int i = 0; i < kPack; ++i) from_float(in[i], &pack.x[i]);
-    *reinterpret_cast<Pack<T>*>(row + column) = pack;
-  } else {
-    for (int i = 0; i < kPack; ++i)
-      if (column + i < classes) from_float(in[i], row + column + i);
-  }
-}
-
-template <class T>
-__device__ bool is_aligned(const T* row) {
-  return reinterpret_cast<uintptr_t>(row) % (kPack * sizeof(T)) == 0;
-}
-
-// A maximum and sums of exponentials relative to it. It starts as {-INFINITY, 0, 0}.
-struct Softmax {
-  float maximum, sum, label_sum;
-  __device__ float reference() const { return maximum == -INFINITY ? 0.0f : maximum; }
-  __device__ void raise(float to, float a) {
-    if (!(to > maximum)) return;
-    sum *= expf((maximum - to) * a);  // maximum is -inf at first: factor 0
-    label_sum *= expf(maximum - to);
-    maximum = to;
-  }
-  __device__ void merge(Softmax other, float a) {
-    raise(other.maximum, a);
-    if (other.maximum < maximum) {
-      other.sum *= expf((other.maximum - maximum) * a);
-      other.label_sum *= expf(other.maximum - maximum);
+  template <int kCount>
+  __device__ void load(int64_t column, float (&out)[kCount]) const {
+    if (is_aligned<kCount>(row) && column + kCount <= classes) {
+      load_pack(row + column, out);
+      return;
     }
-    sum += other.sum;
-    label_sum += other.label_sum;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] = column + i < classes ? to_float(row[column + i]) : -INFINITY;
   }
 };
 
-__device__ float shuffle(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+// A row whose type is known at run time: the teacher's, where it differs from the student's.
+struct AnyType {};
+template <>
+struct Reader<AnyType> {
+  const void* row;
+  int64_t classes;
+  int dtype;
 
-// Everyone ends with the block's total. `buffer` holds kThreads / 32 values; callers synchronise between uses.
-template <class V, class Merge, class Exchange>
-__device__ V block_reduce(V value, V* buffer, const Merge& merge, const Exchange& exchange) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) merge(&value, exchange(value, lanes));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = buffer[0];
-  for (int warp = 1; warp < kThreads / 32; ++warp) merge(&value, buffer[warp]);
-  return value;
-}
-
-__device__ Softmax reduce(Softmax value, float a, Softmax* buffer) {
-  return block_reduce(
-      value, buffer, [a](Softmax* x, const Softmax& y) { x->merge(y, a); },
-      [](const Softmax& x, int lanes) {
-        Softmax y;
-        y.maximum = shuffle(x.maximum, lanes);
-        y.sum = shuffle(x.sum, lanes);
-        y.label_sum = shuffle(x.label_sum, lanes);
-        return y;
-      });
-}
-
-__device__ float reduce_add(float value, float* buffer) {
-  return block_reduce(
-      value, buffer, [](float* x, float y) { *x += y; }, [](float x, int lanes) { return shuffle(x, lanes); });
-}
-
-struct Terms {
-  float p, value, slope;  // P, the class's part of the divergence, P * g (forward: P - Q)
+  template <int kCount>
+  __device__ void load(int64_t column, float (&out)[kCount]) const {
+    if (dtype == kFloat32)
+      Reader<float>{static_cast<const float*>(row), classes}.load(column, out);
+    else if (dtype == kBFloat16)
+      Reader<__nv_bfloat16>{static_cast<const __nv_bfloat16*>(row), classes}.load(column, out);
+    else
+      Reader<__half>{static_cast<const __half*>(row), classes}.load(column, out);
+  }
 };
 
-template <int kDirection>
-__device__ Terms terms(float s, float t, float log_p, float log_q, float beta) {
-  const float p = s == -INFINITY ? 0.0f : expf(log_p);
-  const float q = t == -INFINITY ? 0.0f : expf(log_q);
-  if (kDirection == pykd::kForward)
-    return {p, t == -INFINITY ? 0.0f : s == -INFINITY ? INFINITY : q * (log_q - log_p), p - q};
-  if (kDirection == pykd::kReverse) {
-    const float value = s == -INFINITY ? 0.0f : t == -INFINITY ? INFINITY : p * (log_p - log_q);
-    return {p, value, value};
+template <class T>
+__device__ Reader<T> teacher_row(const KlDivArgs& args, int64_t row) {
+  const int64_t first = row * args.teacher_stride;
+  if constexpr (std::is_same_v<T, AnyType>) {
+    const int64_t bytes = args.teacher_dtype == kFloat32 ? 4 : 2;
+    return {static_cast<const char*>(args.teacher) + first * bytes, args.teacher_classes, args.teacher_dtype};
+  } else {
+    return {static_cast<const T*>(args.teacher) + first, args.teacher_classes};
   }
-  if (kDirection == pykd::kJsd) {
-    const float inverse = 1.0f / fmaxf(beta * q + (1 - beta) * p, FLT_MIN);
-    const float slope = p * logf(fmaxf(p * inverse, FLT_MIN));
-    const float value = beta * q * logf(fmaxf(q * inverse, FLT_MIN)) + (1 - beta) * slope;
-    return {p, value, (1 - beta) * slope};
+}
+
+struct Workspace {
+  Sums sums[kWarps];
+  Mixture mixtures[kWarps];
+  double logits[kWarps];
+  Sums row;
+  Mixture mixture;
+  double label_logit;
+  Factors factors;
+};
+
+template <class S, class T>
+struct Rows {
+  Reader<S> student;
+  Reader<T> teacher;
+  int64_t classes;
+
+  template <class Visit>
+  __device__ void for_packs(const Visit& visit) const {
+    constexpr int kCount = kPack<S>;
+    for (int64_t c = static_cast<int64_t>(threadIdx.x) * kCount; c < classes; c += kThreads * kCount) {
+      float s[kCount], t[kCount];
+      student.load(c, s);
+      teacher.load(c, t);
+      visit(c, s, t);
+    }
   }
-  const float sign = p > q ? 0.5f : p < q ? -0.5f : 0.0f;
-  return {p, sign * (p - q), sign * p};
+};
+
+template <int kCount>
+__device__ float pack_max(const float (&x)[kCount]) {
+  float result = x[0];
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) result = fmaxf(result, x[i]);  // passes over NaN; the sums do not
+  return result;
+}
+
+// Sweep 1: a thread's sums, relative to the maxima of what it has seen.
+template <class S, class T, int kDirection>
+__device__ Sums sum_row(const Rows<S, T>& rows, LabelExp exponentials, float k) {
+  Sums sums = no_sums();
+  bool missing = false;
+  with_label_exp(exponentials, [&](auto label) {
+    rows.for_packs([&](int64_t, const auto& s, const auto& t) {
+      const float s_max = pack_max(s), t_max = pack_max(t);
+      if (s_max > sums.s_max || t_max > sums.t_max)
+        rebase<kDirection>(&sums, fmaxf(sums.s_max, s_max), fmaxf(sums.t_max, t_max), k);
+#pragma unroll
+      for (int i = 0; i < kPack<S>; ++i) missing |= is_missing<kDirection>(s[i], t[i]);
+      add_classes<kDirection, label>(&sums, s, t, k);
+    });
+  });
+  sums.missing = missing ? 1.0f : 0.0f;
+  return sums;
+}
+
+// A thread's share of (1 - smoothing) * the label's logit + smoothing * the mean logit, summed from the first logit.
+template <class S>
+__device__ double label_logit(const KlDivArgs& args, const S* student, int64_t label) {
+  double result = 0;
+  if (threadIdx.x == 0 && label >= 0) result = (1 - args.label_smoothing) * to_float(student[label]);
+  if (args.label_smoothing == 0) return result;
+  const float first = to_float(student[0]), origin = isfinite(first) ? first : 0.0f;
+  float distance = 0;
+  for (int64_t c = threadIdx.x; c < args.student_classes; c += kThreads) distance += to_float(student[c]) - origin;
+  const double share = args.label_smoothing / static_cast<double>(args.student_classes);
+  return result + share * distance + (threadIdx.x == 0 ? args.label_smoothing * origin : 0);
 }
 
 template <class S, class T, int kDirection>
-__global__ void __launch_bounds__(kThreads) kl_div_kernel(pykd::KlDivArgs args) {
-  __shared__ Softmax softmax_buffer[kThreads / 32];
-  __shared__ float buffer[kThreads / 32];
-  const int64_t row = blockIdx.x;
-  const S* student = static_cast<const S*>(args.student) + row * args.student_stride;
-  const T* teacher = static_cast<const T*>(args.teacher) + row * args.teacher_stride;
-  S* gradient = args.gradient ? static_cast<S*>(args.gradient) + row * args.student_classes : nullptr;
-  const int64_t classes = args.student_classes > args.teacher_classes ? args.student_classes : args.teacher_classes;
-  const bool s_aligned = is_aligned(student), t_aligned = is_aligned(teacher), g_aligned = is_aligned(gradient);
-  const float scale = args.scale[row];
-  const int64_t first = static_cast<int64_t>(threadIdx.x) * kPack;
-  constexpr int64_t kStep = static_cast<int64_t>(kThreads) * kPack;
+__device__ void write_gradient(const KlDivArgs& args, const Rows<S, T>& rows, const Factors& f, int64_t label,
+                               S* gradient) {
+  constexpr int kCount = kPack<S>;
+  const bool aligned = is_aligned<kCount>(gradient);
+  const bool mine = label >= 0 && label / kCount % kThreads == static_cast<int>(threadIdx.x);
+  float s_label[1] = {0}, t_label[1] = {0};  // read before they may be overwritten
+  if (mine) {
+    rows.student.load(label, s_label);
+    rows.teacher.load(label, t_label);
+  }
+  with_label_exp(label_exp(args), [&](auto kind) {
+    rows.for_packs([&](int64_t c, const auto& s, const auto& t) {
+      float g[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) g[i] = class_gradient<kDirection, kind>(s[i], t[i], f, f.constant);
+      if (aligned && c + kCount <= args.student_classes) {
+        store_pack(gradient + c, g);
+        return;
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (c + i < args.student_classes) gradient[c + i] = from_float<S>(g[i]);
+    });
+    // Again by the thread that wrote it, from float: correcting the stored value would lose what rounding took.
+    if (mine) {
+      const float g = class_gradient<kDirection, kind>(s_label[0], t_label[0], f, f.constant + f.at_label);
+      gradient[label] = from_float<S>(g);
+    }
+  });
+}
 
+template <class S, class T, int kDirection>
+__global__ void __launch_bounds__(kThreads, 2) kl_div_kernel(const __grid_constant__ KlDivArgs args) {
+  __shared__ Workspace workspace;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t row = blockIdx.x;
+  S* gradient = args.gradient ? static_cast<S*>(args.gradient) + row * args.student_classes : nullptr;
+  const float scale = args.scale[row];
   if (scale == 0) {
     if (threadIdx.x == 0) args.losses[row] = 0;
-    const float zeros[kPack] = {};
     if (gradient)
-      for (int64_t c = first; c < args.student_classes; c += kStep)
-        store_pack(gradient, c, args.student_classes, g_aligned, zeros);
+      for (int64_t c = threadIdx.x; c < args.student_classes; c += kThreads) gradient[c] = from_float<S>(0.0f);
     return;
   }
+  const Rows<S, T> rows{{static_cast<const S*>(args.student) + row * args.student_stride, args.student_classes},
+                        teacher_row<T>(args, row),
+                        max(args.student_classes, args.teacher_classes)};
+  const float k = static_cast<float>(1.4426950408889634 / args.temperature);
+  const LabelExp exponentials = label_exp(args);
+  const int64_t given = exponentials == kNone ? -1 : args.labels[row];
+  const int64_t label = given < args.student_classes ? given : -1;
 
-  const float a = static_cast<float>(1.0 / args.temperature), beta = static_cast<float>(args.beta);
-  const bool labelled = args.labels && args.ce_weight != 0;
-  const int64_t label = labelled ? args.labels[row] : -1;
-  const float label_logit = labelled ? to_float(student[label]) : 0;  // read before it may be overwritten
-  Softmax of_student{-INFINITY, 0, 0}, of_teacher{-INFINITY, 0, 0};
-  float logit_sum = 0;
-  for (int64_t c = first; c < classes; c += kStep) {
-    float s[kPack], t[kPack];
-    load_pack(student, c, args.student_classes, s_aligned, s);
-    load_pack(teacher, c, args.teacher_classes, t_aligned, t);
-    of_student.raise(fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])), a);  // fmaxf passes over NaN, the sums do not
-    of_teacher.raise(fmaxf(fmaxf(t[0], t[1]), fmaxf(t[2], t[3])), a);
-    for (int i = 0; i < kPack; ++i) {
-      of_student.sum += expf((s[i] - of_student.reference()) * a);
-      of_teacher.sum += expf((t[i] - of_teacher.reference()) * a);
-      if (labelled) {
-        of_student.label_sum += expf(s[i] - of_student.reference());
-        if (c + i < args.student_classes) logit_sum += s[i];
-      }
+  const Sums sums = merge_lanes<kDirection>(sum_row<S, T, kDirection>(rows, exponentials, k), 32, k);
+  const double logit = exponentials == kNone ? 0 : add_lanes(label_logit(args, rows.student.row, label), 32);
+  if (lane == 0) {
+    workspace.sums[warp] = sums;
+    workspace.logits[warp] = logit;
+  }
+  __syncthreads();
+  constexpr bool kMixture = kDirection == kJsd || kDirection == kTv;
+  if (warp == 0) {
+    const Sums total = merge_lanes<kDirection>(lane < kWarps ? workspace.sums[lane] : no_sums(), kWarps, k);
+    const double total_logit = add_lanes(lane < kWarps ? workspace.logits[lane] : 0.0, kWarps);
+    if (lane == 0) {
+      workspace.row = total;
+      workspace.label_logit = total_logit;
+      workspace.mixture = {0, 0};
+      workspace.factors = kMixture ? probabilities(args, total) : gradient_factors<kDirection>(args, total, {}, scale);
     }
   }
-  of_student = reduce(of_student, a, softmax_buffer);
-  of_teacher = reduce(of_teacher, a, softmax_buffer);
-  if (labelled && args.label_smoothing != 0) logit_sum = reduce_add(logit_sum, buffer);
-  const float s0 = of_student.reference(), t0 = of_teacher.reference();
-  const float s_log = logf(of_student.sum), t_log = logf(of_teacher.sum);
-  const bool s_nothing = of_student.sum == 0, t_nothing = of_teacher.sum == 0;  // every logit is -inf
+  __syncthreads();
 
-  float value = 0, slope_sum = 0;
-  if (kDirection != pykd::kForward || !gradient) {
-    for (int64_t c = first; c < classes; c += kStep) {
-      float s[kPack], t[kPack];
-      load_pack(student, c, args.student_classes, s_aligned, s);
-      load_pack(teacher, c, args.teacher_classes, t_aligned, t);
-      for (int i = 0; i < kPack; ++i) {
-        const Terms x = terms<kDirection>(s[i], t[i], (s[i] - s0) * a - s_log, (t[i] - t0) * a - t_log, beta);
-        value += x.value;
-        slope_sum += x.slope;
+  if (kMixture) {
+    const Factors factors = workspace.factors;
+    Mixture sum{0, 0};
+    rows.for_packs([&](int64_t, const auto& s, const auto& t) { add_mixture<kDirection>(&sum, s, t, factors); });
+    sum = {add_lanes(sum.value, 32), add_lanes(sum.slope, 32)};
+    if (lane == 0) workspace.mixtures[warp] = sum;
+    __syncthreads();
+    if (warp == 0) {
+      const Mixture part = lane < kWarps ? workspace.mixtures[lane] : Mixture{0, 0};
+      const Mixture total{add_lanes(part.value, kWarps), add_lanes(part.slope, kWarps)};
+      if (lane == 0) {
+        workspace.mixture = total;
+        workspace.factors = gradient_factors<kDirection>(args, workspace.row, total, scale);
       }
     }
-    value = reduce_add(value, buffer);
-    slope_sum = reduce_add(slope_sum, buffer);
+    __syncthreads();
   }
 
-  if (gradient) {
-    const bool flat = s_nothing || t_nothing || (kDirection == pykd::kReverse && value == INFINITY);
-    float kl_factor = scale * static_cast<float>(args.kl_weight) * a;
-    if (value != value) kl_factor = value;  // tv's signs would hide a NaN
-    const float ce_factor = labelled && !s_nothing ? scale * static_cast<float>(args.ce_weight) : 0;
-    const float smoothing = static_cast<float>(args.label_smoothing);
-    const float uniform = smoothing / static_cast<float>(args.student_classes);
-    const float label_scale = 1.0f / of_student.label_sum;
-    for (int64_t c = first; c < classes; c += kStep) {
-      float s[kPack], t[kPack], out[kPack];
-      load_pack(student, c, args.student_classes, s_aligned, s);
-      load_pack(teacher, c, args.teacher_classes, t_aligned, t);
-      for (int i = 0; i < kPack; ++i) {
-        const Terms x = terms<kDirection>(s[i], t[i], (s[i] - s0) * a - s_log, (t[i] - t0) * a - t_log, beta);
-        if (kDirection == pykd::kForward) value += x.value;
-        out[i] = flat ? 0.0f : kl_factor * (kDirection == pykd::kForward ? x.slope : x.slope - x.p * slope_sum);
-        if (ce_factor != 0) {
-          const float target = (c + i == label ? 1 - smoothing : 0.0f) + uniform;
-          out[i] += ce_factor * (expf(s[i] - s0) * label_scale - target);
-        }
-      }
-      store_pack(gradient, c, args.student_classes, g_aligned, out);
-    }
-    if (kDirection == pykd::kForward) value = reduce_add(value, buffer);
-  }
-
-  if (threadIdx.x != 0) return;
-  if (s_nothing || t_nothing) value = s_nothing && t_nothing ? 0.0f : INFINITY;
-  float loss = args.kl_weight != 0 ? static_cast<float>(args.kl_weight) * value : 0.0f;
-  if (labelled) {
-    const float log_sum = logf(of_student.label_sum) + s0, smoothing = static_cast<float>(args.label_smoothing);
-    float entropy = (1 - smoothing) * (log_sum - label_logit);
-    if (smoothing != 0) entropy += smoothing * (log_sum - logit_sum / static_cast<float>(args.student_classes));
-    loss += static_cast<float>(args.ce_weight) * (s_nothing ? INFINITY : entropy);
-  }
-  args.losses[row] = scale * loss;
+  if (gradient) write_gradient<S, T, kDirection>(args, rows, workspace.factors, label, gradient);
+  if (threadIdx.x == 0)
+    args.losses[row] = row_loss<kDirection>(args, workspace.row, workspace.mixture, workspace.label_logit, scale);
 }
 
 template <class S, class T>
-void launch(const pykd::KlDivArgs& args, cudaStream_t stream) {
+void launch(const KlDivArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.rows));
-  if (args.direction == pykd::kForward)
-    kl_div_kernel<S, T, pykd::kForward><<<grid, kThreads, 0, stream>>>(args);
-  else if (args.direction == pykd::kReverse)
-    kl_div_kernel<S, T, pykd::kReverse><<<grid, kThreads, 0, stream>>>(args);
-  else if (args.direction == pykd::kJsd)
-    kl_div_kernel<S, T, pykd::kJsd><<<grid, kThreads, 0, stream>>>(args);
+  if (args.direction == kForward)
+    kl_div_kernel<S, T, kForward><<<grid, kThreads, 0, stream>>>(args);
+  else if (args.direction == kReverse)
+    kl_div_kernel<S, T, kReverse><<<grid, kThreads, 0, stream>>>(args);
+  else if (args.direction == kJsd)
+    kl_div_kernel<S, T, kJsd><<<grid, kThreads, 0, stream>>>(args);
   else
-    kl_div_kernel<S, T, pykd::kTv><<<grid, kThreads, 0, stream>>>(args);
+    kl_div_kernel<S, T, kTv><<<grid, kThreads, 0, stream>>>(args);
 }
 
 template <class S>
-void launch_teacher(const pykd::KlDivArgs& args, cudaStream_t stream) {
-  if (args.teacher_dtype == pykd::kFloat32)
-    launch<S, float>(args, stream);
-  else if (args.teacher_dtype == pykd::kBFloat16)
-    launch<S, __nv_bfloat16>(args, stream);
+void launch_student(const KlDivArgs& args, cudaStream_t stream) {
+  if (args.teacher_dtype == args.student_dtype)
+    launch<S, S>(args, stream);
   else
-    launch<S, __half>(args, stream);
+    launch<S, AnyType>(args, stream);
+}
+
+cudaError_t launch_rows(const KlDivArgs& args, cudaStream_t stream) {
+  if (args.rows > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (args.student_dtype == kFloat32)
+    launch_student<float>(args, stream);
+  else if (args.student_dtype == kBFloat16)
+    launch_student<__nv_bfloat16>(args, stream);
+  else
+    launch_student<__half>(args, stream);
+  return cudaGetLastError();
+}
+
+// 10 * major + minor of the current device; reads of cached attributes, no synchronisation.
+cudaError_t capability_of_device(int* capability) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t failed = cudaGetDevice(&device);
+  if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  *capability = 10 * major + minor;
+  return failed;
 }
 
 }  // namespace
+}  // namespace pykd::cuda
+
+extern "C" int pykd_cuda_kl_div_blocks(int64_t classes, int student_dtype, int teacher_dtype, int capability) {
+  return pykd::cuda::kl_div_cluster_blocks(classes, student_dtype, teacher_dtype, capability);
+}
 
 extern "C" int pykd_cuda_kl_div(const void* student, const void* teacher, const int64_t* labels, const float* scale,
                                 float* losses, void* gradient, int64_t rows, int64_t student_classes,
@@ -290,11 +302,10 @@ extern "C" int pykd_cuda_kl_div(const void* student, const void* teacher, const 
   args.kl_weight = kl_weight;
   args.ce_weight = ce_weight;
   args.label_smoothing = label_smoothing;
-  if (student_dtype == pykd::kFloat32)
-    launch_teacher<float>(args, stream);
-  else if (student_dtype == pykd::kBFloat16)
-    launch_teacher<__nv_bfloat16>(args, stream);
-  else
-    launch_teacher<__half>(args, stream);
-  return cudaGetLastError();
+  int capability = 0;
+  const cudaError_t failed = pykd::cuda::capability_of_device(&capability);
+  if (failed != cudaSuccess) return failed;
+  const int64_t classes = student_classes > teacher_classes ? student_classes : teacher_classes;
+  const int blocks = pykd_cuda_kl_div_blocks(classes, student_dtype, teacher_dtype, capability);
+  return blocks ? pykd::cuda::launch_kl_div_cluster(args, blocks, stream) : pykd::cuda::launch_rows(args, stream);
 }

@@ -24,4 +24,8 @@ int pykd_cuda_kl_div(const void* student, const void* teacher, const int64_t* la
                      int64_t student_stride, int64_t teacher_stride, int student_dtype, int teacher_dtype,
                      int direction, double beta, double temperature, double kl_weight, double ce_weight,
                      double label_smoothing, cudaStream_t stream);
+
+// Which kernel pykd_cuda_kl_div runs, without touching a device: the thread blocks of the cluster that keeps a row of
+// max(student_classes, teacher_classes) in shared memory, or 0 for one block per row. capability = 10 * major + minor.
+int pykd_cuda_kl_div_blocks(int64_t classes, int student_dtype, int teacher_dtype, int capability);
 }

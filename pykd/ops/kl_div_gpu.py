@@ -1,6 +1,7 @@
-"""The op `kl_div` on NVIDIA GPUs: Triton where it can be imported, else the CUDA library, else the reference.
+"""The op `kl_div` on NVIDIA GPUs: CUDA clusters for wide rows, else Triton, else the CUDA library, else the reference.
 
-No path waits for the device: labels are checked by a device-side assertion, sizes and strides are known on the host.
+`choose` decides from types, sizes and the device's compute capability alone. No path waits for the device: labels are
+checked by a device-side assertion, sizes and strides are known on the host.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from pykd.ops.dispatch import (
     lib,
     triton_available,
 )
+
+#: Rows of more classes than this no longer stay in L2 between a kernel's sweeps, so they go to the CUDA kernel that
+#: keeps each in the shared memory of a thread-block cluster (compute capability 9.0 or newer).
+WIDE_CLASSES = 65536
 
 #: Writes row losses and, unless it is None, the gradient: (student, teacher, labels, scale, losses, gradient, options).
 Launcher = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, op.Options], None]
@@ -54,7 +59,7 @@ def launch_cuda(
     gradient: Tensor | None,
     options: op.Options,
 ) -> None:
-    """Run csrc/cuda/kl_div.cu."""
+    """Run csrc/cuda/kl_div.cu, which picks between one block and one cluster of blocks per row."""
     library = cuda_library()
     assert library is not None
     pointers = [None if x is None else x.data_ptr() for x in (student, teacher, labels, scale, losses, gradient)]
@@ -72,13 +77,36 @@ def launch_cuda(
     check_cuda(code, "kl_div")
 
 
+def choose(
+    classes: int,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    triton: bool,
+    cuda: bool,
+) -> str:
+    """Which of "cuda", "triton", "reference" serves rows of `classes` (the wider side's), by what is installed."""
+    if student_dtype not in DTYPE_CODES or teacher_dtype not in DTYPE_CODES:
+        return "reference"
+    clusters = capability >= (9, 0) and classes > WIDE_CLASSES and student_dtype == teacher_dtype
+    if cuda and (clusters or not triton):
+        return "cuda"
+    return "triton" if triton else "reference"
+
+
 def _launcher(student: Tensor, teacher: Tensor, scale: Tensor) -> Launcher | None:
-    types = student.dtype in DTYPE_CODES and teacher.dtype in DTYPE_CODES and scale.dtype == torch.float32
-    if not types:
+    if scale.dtype != torch.float32:
         return None
-    if triton_available():
-        return launch_triton
-    return launch_cuda if cuda_library() is not None else None
+    name = choose(
+        max(student.shape[1], teacher.shape[1]),
+        student.dtype,
+        teacher.dtype,
+        torch.cuda.get_device_capability(student.device),
+        triton=triton_available(),
+        cuda=cuda_library() is not None,
+    )
+    return {"cuda": launch_cuda, "triton": launch_triton, "reference": None}[name]
 
 
 def run(
@@ -122,7 +150,14 @@ def _cuda_in_place(student: Tensor, teacher: Tensor, labels: Tensor | None, scal
 lib.impl("kl_div", _cuda, "CUDA")  # type: ignore[no-untyped-call]
 lib.impl("kl_div_", _cuda_in_place, "CUDA")  # type: ignore[no-untyped-call]
 TABLE += [
-    Route("kl_div", "cuda", "float32, bfloat16, float16 with Triton", "triton"),
+    Route(
+        "kl_div",
+        "cuda",
+        f"more than {WIDE_CLASSES} classes, student and teacher of one type, compute capability 9.0 or newer, "
+        "with the CUDA library",
+        "cuda",
+    ),
+    Route("kl_div", "cuda", "other float32, bfloat16, float16 with Triton", "triton"),
     Route("kl_div", "cuda", "float32, bfloat16, float16 with the CUDA library, without Triton", "cuda"),
     Route("kl_div", "cuda", "otherwise", "reference"),
 ]

@@ -4,10 +4,16 @@ The limit reads both logits and writes one tensor of their size, which is what t
 and gradient are checked against float64 first. `extra_info` holds the bytes moved, the bandwidth they imply and the
 share of the limit measured in the same test. A second test prints ratios of interleaved rounds, which load on the
 machine moves far less than times. PYKD_BENCH=small runs the smallest shape once.
+
+On a GPU (marker gpu), kl_div alone in bf16: calls of kd_loss, each kernel by itself, eager, torch.compile and
+Liger's kl_div after two log_softmax, as shares of the copy bandwidth measured beside them.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import os
 import statistics
 import time
@@ -20,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pykd
+from pykd.ops import kl_div_gpu
+from pykd.ops.kl_div import Options
 
 SMALL = os.environ.get("PYKD_BENCH") == "small"
 SHAPES = [(64, 1000)] if SMALL else [(4096, 1000), (1024, 32_000), (256, 151_936)]
@@ -146,3 +154,116 @@ def test_ratios(shape: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> N
         lines.append(f"{name:24}{best_ms:9.1f}{ratios[0]:13.2f}{ratios[1]:10.1f}{ratios[2]:11.1f}")
     with capsys.disabled():
         print("\n".join(lines))
+
+
+GPU_SHAPES = [(64, 1000)] if SMALL else [(8192, 32_768), (8192, 128_256), (4096, 151_936)]
+LAUNCHERS = {"kernel cuda": kl_div_gpu.launch_cuda, "kernel triton": kl_div_gpu.launch_triton}
+GPU_VARIANTS = ["pykd in place", "pykd fresh", *LAUNCHERS, "torch eager", "torch compile", "liger kl_div"]
+
+
+def torch_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Forward KL as users of torch write it, in float32 over half-type logits."""
+    logs = [(x.float() / TEMPERATURE).log_softmax(-1) for x in (student, teacher)]
+    return F.kl_div(*logs, log_target=True, reduction="batchmean") * TEMPERATURE**2
+
+
+def liger_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same with Liger's kernel, which takes logarithms of probabilities."""
+    loss = importlib.import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    logs = [(x.float() / TEMPERATURE).log_softmax(-1) for x in (student, teacher)]
+    return loss(*logs) * TEMPERATURE**2
+
+
+def gpu_variant(name: str, teacher: Tensor) -> Step:
+    """A step from bf16 student logits to (loss, gradient)."""
+    if name in LAUNCHERS:
+        options = Options(TEMPERATURE, "forward", 0.5, TEMPERATURE**2, 0.0, 0.0)
+        scale = torch.full((len(teacher),), 1 / len(teacher), device=teacher.device)
+
+        def kernel(student: Tensor) -> tuple[Tensor, Tensor]:
+            logits = student.detach()
+            return kl_div_gpu.run(LAUNCHERS[name], logits, teacher, None, scale, logits, options).sum(), logits
+
+        return kernel
+    losses: dict[str, Callable[..., Tensor]] = {
+        "pykd in place": functools.partial(pykd.kd_loss, labels=None, temperature=TEMPERATURE, alpha=1.0, inplace=True),
+        "pykd fresh": functools.partial(pykd.kd_loss, labels=None, temperature=TEMPERATURE, alpha=1.0),
+        "torch eager": torch_kl,
+        "torch compile": torch.compile(torch_kl, fullgraph=True, dynamic=False),
+        "liger kl_div": liger_kl,
+    }
+
+    def step(student: Tensor) -> tuple[Tensor, Tensor]:
+        loss = losses[name](student, teacher)
+        return loss, torch.autograd.grad(loss, student)[0]
+
+    return step
+
+
+def check_gpu(step: Step, student: Tensor, teacher: Tensor) -> None:
+    """Gradient of a few rows of the real call, and the loss of all, against float64."""
+    logits = student.clone().requires_grad_().clone()
+    rows, exact = slice(0, 8), student[:8].double().requires_grad_()
+    loss, gradient = step(logits)
+    logs = [(x.double() / TEMPERATURE).log_softmax(-1) for x in (exact, teacher[rows])]
+    want = F.kl_div(*logs, log_target=True, reduction="sum") * TEMPERATURE**2 / len(student)
+    (want_gradient,) = torch.autograd.grad(want, exact)
+    error = float((gradient[rows].double() - want_gradient).abs().max() / want_gradient.abs().max())
+    assert error < 5e-3, f"relative error {error:.1e}"
+    assert bool(loss.isfinite())
+
+
+def copy_bytes_per_s(tensor: Tensor) -> float:
+    """Read plus written bytes a second of a device-to-device copy of this tensor: the limit."""
+    target = torch.empty_like(tensor)
+    times = [gpu_seconds(lambda: target.copy_(tensor)) for _ in range(ROUNDS + 2)]
+    return 2 * tensor.nbytes / statistics.median(times)
+
+
+def gpu_seconds(call: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("name", GPU_VARIANTS)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def bench_kl_div_gpu(benchmark: Any, shape: tuple[int, int], name: str) -> None:
+    if name.startswith("liger") and importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("not measured: liger_kernel is not installed")
+    student, teacher = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 3) for _ in range(2))
+    step = gpu_variant(name, teacher)
+    check_gpu(step, student, teacher)
+    limit = copy_bytes_per_s(student)
+
+    def once(logits: Tensor) -> None:
+        step(logits)
+        torch.cuda.synchronize()
+
+    def prepare() -> tuple[tuple[Tensor], dict[str, Any]]:
+        logits = student.clone().requires_grad_().clone()
+        torch.cuda.synchronize()
+        return (logits,), {}
+
+    benchmark.pedantic(once, setup=prepare, rounds=ROUNDS, warmup_rounds=1)
+    bytes_per_s = 3 * student.nbytes / benchmark.stats.stats.median
+    benchmark.extra_info.update(
+        bandwidth_gb_s=bytes_per_s / 1e9,
+        copy_gb_s=limit / 1e9,
+        share_of_copy=bytes_per_s / limit,
+        peak_extra_bytes=peak_extra_bytes(step, prepare()[0][0]),
+    )
+
+
+def peak_extra_bytes(step: Step, logits: Tensor) -> int:
+    """Most memory that one call holds above what was there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(logits)
+    return int(torch.cuda.max_memory_allocated() - before)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pykd.data.bundle import DataBundle
 from pykd.distillation import cache_files as files
-from pykd.distillation.teacher import Teacher, _fixed
+from pykd.distillation.teacher import Teacher, fixed
 from pykd.distillation.teacher_cache import TeacherCache
 from pykd.errors import DataError, nearest
 from pykd.models.adapter import logits, move
@@ -101,7 +101,7 @@ def _check_data(data: DataBundle) -> None:
         raise TypeError(f"data must be a DataBundle, whose examples have an index, got {type(data).__name__}")
     if not data.fingerprint:
         raise DataError(f"{data.name!r} has no fingerprint: give DataBundle one, so that other data can be refused")
-    if not _fixed(data.train):
+    if not fixed(data.train):
         raise DataError(
             f"the training set of {data.name!r} differs each time it is read: cache it without augmentation"
         )

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from pykd.data.bundle import DataBundle
 from pykd.distillation.checks import common_classes
 from pykd.distillation.logits import logits_loss
+from pykd.distillation.offline import Offline, check_offline
 from pykd.distillation.teacher import Teacher
+from pykd.distillation.teacher_cache import TeacherCache
 from pykd.errors import nearest
 from pykd.models.adapter import logits
 from pykd.training.config import TrainConfig
@@ -31,7 +33,7 @@ METHODS: dict[str, Method] = {
 
 def distill(
     student: Model,
-    teacher: nn.Module,
+    teacher: nn.Module | TeacherCache,
     data: DataBundle | Loader,
     *,
     method: str | Method = "logits",
@@ -59,7 +61,8 @@ def distill(
 
     The loss is ``alpha * T^2 * KL(teacher / T, student / T) + (1 - alpha) * cross entropy``. method: a name in METHODS
     or a function like theirs. The teacher runs in eval mode without gradients; when the run has several epochs over a
-    fixed training set and all its logits fit in ``cache_bytes``, they are computed once. student_tokenizer,
+    fixed training set and all its logits fit in ``cache_bytes``, they are computed once. A :class:`TeacherCache` in the
+    teacher's place says what :func:`cache_teacher` kept of it; the loss is then ``kd_loss_topk``. student_tokenizer,
     teacher_tokenizer: if both are given they must be equal, and the widths of the logits may then differ by padding.
     The other options are those of :class:`pykd.training.TrainConfig` and :func:`pykd.training.fit`.
 
@@ -84,14 +87,22 @@ def distill(
         max_steps=max_steps,
         checkpoint_steps=checkpoint_steps,
     )
-    term = _resolve(method)
-    classes = common_classes(student, teacher, student_tokenizer=student_tokenizer, teacher_tokenizer=teacher_tokenizer)
-    source = Teacher(teacher, data)
-    cached = source.remember(config, cache_bytes=cache_bytes, progress=progress)
+    source: Teacher | Offline
+    if isinstance(teacher, TeacherCache):
+        classes = check_offline(student, teacher, method=method, temperature=temperature)
+        source, cached, teacher_class = Offline(teacher, data), True, teacher.manifest["teacher"]["class"]
+        term: Method = source.loss
+    else:
+        term, source, teacher_class = _resolve(method), Teacher(teacher, data), type(teacher).__name__
+        classes = common_classes(
+            student, teacher, student_tokenizer=student_tokenizer, teacher_tokenizer=teacher_tokenizer
+        )
+        cached = source.remember(config, cache_bytes=cache_bytes, progress=progress)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         check_batch(batch, classes=classes)
-        wanted = source(batch)[..., :classes]
+        wanted = source(batch)
+        wanted = wanted[..., :classes] if isinstance(wanted, Tensor) else wanted
         scores = logits(model, batch)[..., :classes]
         shift = predicts_next(model)
         return term(scores, wanted, batch["labels"], temperature=temperature, alpha=alpha, shift=shift), {}
@@ -110,7 +121,7 @@ def distill(
             label=label,
         )
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-    facts = {"teacher": type(teacher).__name__, "classes": classes, "teacher_cached": cached}
+    facts = {"teacher": teacher_class, "classes": classes, "teacher_cached": cached}
     parameters = config.to_dict() | settings
     add_record(student, stage="distill", method=name, parameters=parameters, **facts, **history.summary())
     return student

@@ -53,13 +53,13 @@ class Teacher:
         if not isinstance(data, DataBundle) or config.total_steps(_steps(data, config)) <= _steps(data, config):
             return False
         with self.frozen():
-            if not _fixed(data.train):
+            if not fixed(data.train):
                 return False
             rows = self._all_rows(data, config, cache_bytes, progress)
         if rows is None:
             return False
         self.cached = rows
-        self.data = dataclasses.replace(data, train=Rows(data.train), collate=_with_rows(data))
+        self.data = dataclasses.replace(data, train=Rows(data.train), collate=with_rows(data))
         return True
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -104,14 +104,16 @@ def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=AUTOCAST[config.autocast]) if config.autocast else contextlib.nullcontext()
 
 
-def _with_rows(data: DataBundle) -> Any:
+def with_rows(data: DataBundle) -> Any:
+    """The collate function of a training set of `Rows`."""
+
     def collate(items: list[Item]) -> Batch:
         return {**data.collate([item["item"] for item in items]), ROW: torch.tensor([item[ROW] for item in items])}
 
     return collate
 
 
-def _fixed(dataset: MapDataset) -> bool:
+def fixed(dataset: MapDataset) -> bool:
     """Whether rows drawn twice are equal; augmentation makes them differ. The random state stays as it was."""
     count = min(PROBES, len(dataset))
     with preserved_rng():

@@ -35,6 +35,7 @@ class TeacherCache:
                 "run cache_teacher with the same arguments again."
             )
         files.check_shards(self.path, self.manifest, contents=verify)
+        self.per_position = bool(self.manifest["per_position"])
         self.k, self.classes = int(self.manifest["columns"]), int(self.manifest["classes"])
         self.temperature, self.missing = float(self.manifest["temperature"]), str(self.manifest["missing"])
         self.fingerprint = str(self.manifest["data"]["fingerprint"])
@@ -67,7 +68,7 @@ class TeacherCache:
         DataError where an example has another number of positions than when it was cached.
         """
         pairs = [self[row] for row in rows]
-        if not self.manifest["per_position"]:
+        if not self.per_position:
             return torch.stack([ids for ids, _ in pairs]), torch.stack([values for _, values in pairs])
         if counted is None:
             counted = torch.ones(len(pairs), max(len(ids) for ids, _ in pairs), dtype=torch.bool)
@@ -91,8 +92,7 @@ class TeacherCache:
             from safetensors import safe_open
 
             handle: Any = safe_open(self.path / self.manifest["shards"][number]["file"], framework="pt")
-            per_position = self.manifest["per_position"]
-            self._open[number] = handle, handle.get_slice("offsets")[:] if per_position else None
+            self._open[number] = handle, handle.get_slice("offsets")[:] if self.per_position else None
         handle, offsets = self._open[number]
         row = index - self.manifest["shards"][number]["first"]
         return handle, row if offsets is None else slice(int(offsets[row]), int(offsets[row + 1]))

@@ -56,7 +56,7 @@ def kl_div_loss(
     | -inf in the student only | `forward` is +inf, with its finite gradient; the others stay finite |
     | -inf in the teacher only | `reverse` is +inf and that position's gradient 0; the others stay finite |
     | a position all -inf | +inf (0 if on both sides), gradient 0 |
-    | narrower vocabulary | its missing entries are -inf |
+    | narrower vocabulary | its missing entries are -inf; cut a teacher that is only padded wider: `[..., :classes]` |
     | NaN | propagates to value and gradient, unless the position is masked |
 
     Shapes: logits (..., classes), where the last dimensions may differ; mask (bool, True counts) and weights (...).

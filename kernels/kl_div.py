@@ -118,7 +118,12 @@ def kl_div_kernel(
     label_sums = tl.zeros((block,), dtype=tl.float32)
     logit_sums = tl.zeros((block,), dtype=tl.float32)
     origin = 0.0
+    label = 0
+    label_logit = 0.0
     if has_labels:
+        # Here, where reductions still follow: after the last one a faster warp may overwrite it in place.
+        label = tl.load(labels_pointer + row)
+        label_logit = tl.load(student + label).to(tl.float32)
         first = tl.load(student).to(tl.float32)
         origin = tl.where(tl.abs(first) < infinite, first, 0.0)
     for start in range(0, classes, block):
@@ -189,13 +194,9 @@ def kl_div_kernel(
     value = tl.where(s_nothing & t_nothing, 0.0, tl.where(s_nothing | t_nothing, infinite, value))
     value = tl.where((s_sum != s_sum) | (t_sum != t_sum), float("nan"), value)
 
-    label = 0
-    label_logit = 0.0
     label_sum = 1.0
     if has_labels:
         label_sum = tl.sum(label_sums, 0)
-        label = tl.load(labels_pointer + row)
-        label_logit = tl.load(student + label).to(tl.float32)  # before it may be overwritten
 
     if need_grad:
         flat = s_nothing | t_nothing

@@ -75,7 +75,6 @@ def load_text(
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, got {max_length}")
-    tokenizer = _tokenizer(tokenizer)
     train, test, names = _tables(str(source), test_source, split_column, subset, label_column)
     names = list(class_names) if class_names is not None else names
     numbered = names is not None
@@ -88,6 +87,7 @@ def load_text(
         (texts, labels), rows = splits.pop(), None
         for rows in stratified_split(labels, test_size, seed=seed, name=train.source):
             splits.append(([texts[row] for row in rows], [labels[row] for row in rows]))
+    tokenizer = _tokenizer(tokenizer)  # last, because it may come from the hub
     preprocessing = {
         "source": str(source),
         "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),

@@ -272,7 +272,7 @@ def test_other_bad_options(extract: Path, tokenizer: Any, tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"test_size=5000 does not fit .*debian_sections\.csv.*between 1 and 195"):
         load_text(extract, tokenizer=tokenizer, test_size=5000)
     with pytest.raises(DataError, match=r"cannot load the tokenizer .*nowhere.*give the folder of a saved tokenizer"):
-        load_text(extract, tokenizer=str(tmp_path / "nowhere"))
+        load_text(extract, tokenizer=str(tmp_path / "nowhere"), test_size=20)
 
 
 def test_a_data_set_that_cannot_be_had_says_why(tokenizer: Any, tmp_path: Path) -> None:
@@ -309,3 +309,8 @@ def test_a_missing_library_is_named(
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(DataError, match=message):
         load_text(source, tokenizer=tokenizer)
+
+
+def test_a_missing_file_is_said_before_a_tokenizer_is_sought(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.csv"):
+        load_text(str(tmp_path / "gone.csv"), tokenizer=str(tmp_path / "nor-this"), max_length=8)

@@ -8,10 +8,10 @@ NATIVE := $(shell find csrc kernels -type f 2>/dev/null) CMakeLists.txt pyprojec
 FAST := not gpu and not slow and not network and not browser
 RESULT := $(shell uname -m)-$(shell date +%Y%m%d)
 
-.PHONY: help demo test test-all bench lint format build gpu-check clean
+.PHONY: help demo test test-all bench lint format build sanitize emulate-avx512 gpu-check clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "pykd needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V). Set PYTHON=python3.x"; exit 1; }
@@ -49,6 +49,14 @@ format: $(VENV)/.installed-lint  ## rewrite the sources to the project's format
 
 build:  ## rebuild the native module in an environment that already has every dependency
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+
+sanitize:  ## run the native kernels at every level of this CPU under AddressSanitizer and UBSan, between guard pages
+	cmake -S . -B build/sanitize -DPYKD_PYTHON=OFF -DPYKD_CUDA=OFF -DPYKD_NATIVE_TESTS=ON -DPYKD_SANITIZE=address,undefined
+	cmake --build build/sanitize --parallel 2
+	build/sanitize/tests/native/compare_levels
+
+emulate-avx512:  ## run the native kernels' AVX-512 code on a CPU without it (needs Debian packages, says which)
+	tests/native/run_avx512.sh
 
 gpu-check:  ## on a machine with an NVIDIA GPU, without a network: build, GPU tests, GPU benchmarks
 	$(PYTHON) benchmarks/gpu_check.py

@@ -1,0 +1,154 @@
+// linear_4bit against a plain matrix product, over weights laid out here as pykd/ops/int4_r16.py describes.
+#include <cmath>
+#include <cstring>
+
+#include "check.h"
+
+namespace check {
+namespace {
+
+using pykd::Linear4bitArgs;
+
+constexpr int64_t kStrip = 32;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct Weight {
+  int64_t out, in, group, groups;
+  int code;
+  std::vector<uint8_t> codes, zeros;  // [out, in], [out, groups]
+  std::vector<uint16_t> scales;       // float16 [out, groups]
+  float codebook[16];
+
+  Weight(Random& random, int64_t out_features, int64_t in_features, int64_t group_size, int kind)
+      : out(out_features), in(in_features), group(std::min(group_size, in_features)), code(kind) {
+    groups = (in + group - 1) / group;
+    for (int64_t i = 0; i < out * in; ++i) codes.push_back(static_cast<uint8_t>(random.below(16)));
+    for (int64_t i = 0; i < out * groups; ++i) {
+      zeros.push_back(static_cast<uint8_t>(random.below(16)));
+      scales.push_back(encode_half(pykd::kFloat16, random.normal() * random.pick<double>({0.01, 1.0, 1e-6})));
+    }
+    for (float& level : codebook) level = static_cast<float>(random.normal());
+  }
+
+  size_t at(int64_t row, int64_t column, int64_t columns) const { return static_cast<size_t>(row * columns + column); }
+
+  double value(int64_t row, int64_t column) const {
+    const size_t g = at(row, column / group, groups);
+    const int c = codes[at(row, column, in)];
+    const double level = code == pykd::kInt4 ? c - 8 : code == pykd::kUint4 ? c - zeros[g] : codebook[c];
+    return level * decode_half(pykd::kFloat16, scales[g]);
+  }
+
+  int64_t padded(int64_t g) const { return round_up(g + 1 < groups ? group : in - g * group, 8); }
+  int64_t padded_k() const { return (groups - 1) * round_up(group, 8) + padded(groups - 1); }
+  int64_t zero_bytes() const { return code == pykd::kUint4 ? round_up(groups * kStrip, 64) : 0; }
+  int64_t strip_bytes() const { return zero_bytes() + groups * kStrip * 2 + padded_k() * kStrip / 2; }
+  int64_t bytes() const { return round_up(out, kStrip) / kStrip * strip_bytes(); }
+
+  void pack(uint8_t* packed) const {
+    std::memset(packed, 0, static_cast<size_t>(bytes()));
+    for (int64_t row = 0; row < out; ++row) {
+      uint8_t* strip = packed + row / kStrip * strip_bytes();
+      uint8_t* block = strip + zero_bytes();
+      const int64_t lane = row % kStrip;
+      for (int64_t g = 0; g < groups; ++g) {
+        if (code == pykd::kUint4) strip[g * kStrip + lane] = zeros[at(row, g, groups)];
+        std::memcpy(block + 2 * lane, &scales[at(row, g, groups)], 2);
+        uint8_t* lines = block + 2 * kStrip;
+        for (int64_t k = 0; k < group && g * group + k < in; ++k) {
+          uint8_t& byte = lines[k / 8 * 4 * kStrip + 4 * lane + k % 4];
+          byte = static_cast<uint8_t>(byte | codes[at(row, g * group + k, in)] << (k % 8 < 4 ? 0 : 4));
+        }
+        block = lines + padded(g) * kStrip / 2;
+      }
+    }
+  }
+};
+
+void run_case(Group& group, Random& random, const Weight& weight, Linear4bitArgs args, bool with_bias) {
+  const int64_t rows = args.rows, in = args.in_features, out = args.out_features;
+  Buffer x(static_cast<size_t>((rows - 1) * args.x_stride + in) * size_of(args.dtype));
+  Buffer packed(static_cast<size_t>(weight.bytes())), codebook(64);
+  Buffer bias(static_cast<size_t>(out) * size_of(args.bias_dtype));
+  Buffer y(static_cast<size_t>(rows * out) * size_of(args.dtype));
+  Buffer scratch(static_cast<size_t>(std::min(rows, pykd::kLinear4bitRows) * weight.padded_k()) * 4);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < in; ++k) encode(x.data(), m * args.x_stride + k, args.dtype, random.normal());
+  for (int64_t i = 0; i < out; ++i) encode(bias.data(), i, args.bias_dtype, random.normal());
+  weight.pack(packed.as<uint8_t>());
+  std::memcpy(codebook.data(), weight.codebook, 64);
+  args.x = x.data();
+  args.packed = packed.as<uint8_t>();
+  args.codebook = weight.code == pykd::kCodebook4 ? codebook.as<float>() : nullptr;
+  args.bias = with_bias ? bias.data() : nullptr;
+  args.y = y.data();
+  args.scratch = scratch.as<float>();
+  pykd::table().linear_4bit(args);
+  std::vector<double> weights, inputs;
+  for (int64_t i = 0; i < out * in; ++i) weights.push_back(weight.value(i / in, i % in));
+  for (int64_t i = 0; i < rows * in; ++i)
+    inputs.push_back(decode(x.data(), i / in * args.x_stride + i % in, args.dtype));
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t i = 0; i < out; ++i) {
+      double want = with_bias ? decode(bias.data(), i, args.bias_dtype) : 0, size = std::fabs(want);
+      for (int64_t k = 0; k < in; ++k) {
+        const double term = weights[static_cast<size_t>(i * in + k)] * inputs[static_cast<size_t>(m * in + k)];
+        want += term;
+        size += std::fabs(term);
+      }
+      group.near("y", m * out + i, decode(y.data(), m * out + i, args.dtype), want,
+                 2e-6 * size + epsilon_of(args.dtype) * std::fabs(want) + tiny_of(args.dtype));
+    }
+  group.intact({&x, &packed, &codebook, &bias, &y, &scratch});
+}
+
+struct Shape {
+  int64_t rows, out, in, group;
+};
+
+}  // namespace
+
+void linear_4bit(const std::string& level) {
+  Random random(4);
+  // The last has enough rows, outputs and inputs for several decoded slabs.
+  const Shape shapes[] = {{1, 1, 1, 32},     {1, 33, 40, 32}, {2, 17, 129, 64}, {3, 31, 7, 32},   {4, 70, 65, 16},
+                          {5, 15, 96, 96},   {6, 32, 9, 5},   {7, 16, 64, 13},  {11, 48, 31, 16}, {12, 40, 72, 64},
+                          {13, 5, 130, 128}, {25, 65, 20, 8}, {97, 37, 270, 32}};
+  for (int code = pykd::kInt4; code <= pykd::kCodebook4; ++code) {
+    static const char* const names[] = {"int4", "uint4", "codebook"};
+    for (int dtype = 0; dtype < 3; ++dtype) {
+      Group group(level + " linear_4bit " + names[code] + ", " + name_of(dtype));
+      for (const Shape& shape : shapes) {
+        Linear4bitArgs args{};
+        args.rows = shape.rows;
+        args.in_features = shape.in;
+        args.out_features = shape.out;
+        args.group_size = shape.group;
+        args.x_stride = shape.in + random.below(3);
+        args.code = code;
+        args.dtype = dtype;
+        args.bias_dtype = static_cast<int>(random.below(3));
+        args.threads = static_cast<int>(1 + random.below(2));
+        group.begin("%lld rows, %lld outputs, %lld inputs, group %lld, threads %d", static_cast<long long>(shape.rows),
+                    static_cast<long long>(shape.out), static_cast<long long>(shape.in),
+                    static_cast<long long>(shape.group), args.threads);
+        const Weight weight(random, shape.out, shape.in, shape.group, code);
+        run_case(group, random, weight, args, random.chance(0.6));
+      }
+    }
+  }
+  Group group(level + " linear_4bit, more rows than are packed at a time");
+  group.begin("385 rows");
+  const Weight weight(random, 3, 9, 8, pykd::kUint4);
+  Linear4bitArgs args{};
+  args.rows = pykd::kLinear4bitRows + 1;
+  args.in_features = args.x_stride = 9;
+  args.out_features = 3;
+  args.group_size = 8;
+  args.code = pykd::kUint4;
+  args.threads = 2;
+  run_case(group, random, weight, args, true);
+}
+
+}  // namespace check

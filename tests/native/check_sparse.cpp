@@ -1,0 +1,191 @@
+// sparse_linear and sparse_panels against a plain matrix product; bitmask_expand and bitmask_gather exactly.
+#include <cmath>
+#include <cstring>
+
+#include "check.h"
+#include "cpu/sparse_pack.h"
+
+namespace check {
+namespace {
+
+struct Weight {
+  int64_t out, in, row_bytes;
+  std::vector<uint8_t> bits;     // [out, row_bytes]
+  std::vector<int64_t> offsets;  // [out + 1]
+  std::vector<double> dense;     // [out, in]
+  std::vector<double> values;    // [nnz]
+
+  Weight(Random& random, int64_t out_features, int64_t in_features, double density, int dtype)
+      : out(out_features), in(in_features), row_bytes((in_features + 7) / 8) {
+    bits.assign(static_cast<size_t>(out * row_bytes), 0);
+    dense.assign(static_cast<size_t>(out * in), 0);
+    for (int64_t row = 0; row < out; ++row) {
+      offsets.push_back(static_cast<int64_t>(values.size()));
+      for (int64_t column = 0; column < in; ++column) {
+        if (!random.chance(density)) continue;
+        uint8_t& byte = bits[static_cast<size_t>(row * row_bytes + column / 8)];
+        byte = static_cast<uint8_t>(byte | 1 << column % 8);
+        float element[1];
+        encode(element, 0, dtype, random.normal());
+        values.push_back(decode(element, 0, dtype));
+        dense[static_cast<size_t>(row * in + column)] = values.back();
+      }
+    }
+    offsets.push_back(static_cast<int64_t>(values.size()));
+  }
+  int64_t nnz() const { return static_cast<int64_t>(values.size()); }
+};
+
+template <class T>
+T* put(const Buffer& buffer, const std::vector<T>& from) {
+  if (!from.empty()) std::memcpy(buffer.data(), from.data(), from.size() * sizeof(T));
+  return buffer.as<T>();
+}
+
+void compare(Group& group, const Weight& weight, const float* x, int64_t stride, const float* bias, const float* y,
+             int64_t rows) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t row = 0; row < weight.out; ++row) {
+      double want = bias ? bias[row] : 0, size = std::fabs(want);
+      for (int64_t k = 0; k < weight.in; ++k) {
+        const double term = weight.dense[static_cast<size_t>(row * weight.in + k)] * x[m * stride + k];
+        want += term;
+        size += std::fabs(term);
+      }
+      group.near("y", m * weight.out + row, y[m * weight.out + row], want, 2e-6 * size);
+    }
+}
+
+void linear_case(Group& group, Random& random, const Weight& weight, int64_t rows, int dtype) {
+  pykd::SparseLinearArgs args{};
+  args.x_stride = (weight.in + 15) / 16 * 16 + 16 * random.below(2);
+  const int64_t nnz = weight.nnz();
+  while (args.tail_row < weight.out && weight.offsets[static_cast<size_t>(args.tail_row + 1)] + 16 <= nnz)
+    ++args.tail_row;
+  const int64_t tail = weight.offsets[static_cast<size_t>(args.tail_row)];
+  Buffer x(static_cast<size_t>(rows * args.x_stride) * 4), bits(weight.bits.size());
+  Buffer values(static_cast<size_t>(nnz) * size_of(dtype)), offsets(weight.offsets.size() * 8);
+  Buffer tails(static_cast<size_t>(nnz - tail + 16) * size_of(dtype));
+  Buffer bias(static_cast<size_t>(weight.out) * 4), y(static_cast<size_t>(rows * weight.out) * 4);
+  for (int64_t i = 0; i < rows * args.x_stride; ++i)
+    x.as<float>()[i] = i % args.x_stride < weight.in ? static_cast<float>(random.normal()) : 0.0f;
+  for (int64_t i = 0; i < weight.out; ++i) bias.as<float>()[i] = static_cast<float>(random.normal());
+  for (int64_t i = 0; i < nnz; ++i) encode(values.data(), i, dtype, weight.values[static_cast<size_t>(i)]);
+  for (int64_t i = tail; i < nnz + 16; ++i)  // what only pads is NaN: it must never meet an activation
+    encode(tails.data(), i - tail, dtype, i < nnz ? weight.values[static_cast<size_t>(i)] : std::nan(""));
+  args.x = x.as<float>();
+  args.bitmask = put(bits, weight.bits);
+  args.values = values.data();
+  args.offsets = put(offsets, weight.offsets);
+  args.tail = tails.data();
+  args.bias = random.chance(0.5) ? bias.as<float>() : nullptr;
+  args.y = y.as<float>();
+  args.rows = rows;
+  args.in_features = weight.in;
+  args.out_features = weight.out;
+  args.value_dtype = dtype;
+  args.threads = static_cast<int>(1 + random.below(2));
+  pykd::table().sparse_linear(args);
+  compare(group, weight, args.x, args.x_stride, args.bias, args.y, rows);
+  group.intact({&x, &bits, &values, &offsets, &tails, &bias, &y});
+}
+
+void linear(const std::string& level) {
+  Random random(5);
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    Group group(level + " sparse_linear " + name_of(dtype));
+    for (int64_t rows = 1; rows <= 4; ++rows)
+      for (const int64_t in : {1, 7, 8, 9, 16, 17, 63, 64, 65, 130, 200}) {
+        const double density = random.pick<double>({0.0, 0.1, 0.5, 0.5, 1.0});
+        const int64_t out = random.pick<int64_t>({1, 3, 17, 40});
+        group.begin("%lld rows, %lld outputs, %lld inputs, density %g", static_cast<long long>(rows),
+                    static_cast<long long>(out), static_cast<long long>(in), density);
+        linear_case(group, random, Weight(random, out, in, density, dtype), rows, dtype);
+      }
+  }
+}
+
+void panels_case(Group& group, Random& random, const Weight& weight, int64_t rows, int64_t tile) {
+  pykd::SparsePanelsArgs args{};
+  args.threads = static_cast<int>(1 + random.below(2));
+  args.x_stride = weight.in + random.below(3);
+  const int64_t bytes = pykd::sparse_panels_bytes(weight.bits.data(), weight.in, weight.out, tile);
+  std::vector<float> values(weight.values.begin(), weight.values.end());
+  Buffer x(static_cast<size_t>((rows - 1) * args.x_stride + weight.in) * 4), pack(static_cast<size_t>(bytes));
+  Buffer scratch(static_cast<size_t>(pykd::sparse_panels_scratch(rows, weight.in, tile, args.threads)) * 4);
+  Buffer bias(static_cast<size_t>(weight.out) * 4), y(static_cast<size_t>(rows * weight.out) * 4);
+  for (int64_t i = 0; i < (rows - 1) * args.x_stride + weight.in; ++i)
+    x.as<float>()[i] = static_cast<float>(random.normal());
+  for (int64_t i = 0; i < weight.out; ++i) bias.as<float>()[i] = static_cast<float>(random.normal());
+  std::memset(scratch.data(), 0xff,
+              static_cast<size_t>(pykd::sparse_panels_scratch(rows, weight.in, tile, args.threads)) * 4);
+  pykd::sparse_panels_pack(weight.bits.data(), values.data(), weight.offsets.data(), weight.in, weight.out, tile,
+                           pack.as<uint8_t>());
+  args.x = x.as<float>();
+  args.pack = pack.as<uint8_t>();
+  args.bias = random.chance(0.5) ? bias.as<float>() : nullptr;
+  args.scratch = scratch.as<float>();
+  args.y = y.as<float>();
+  args.rows = rows;
+  args.in_features = weight.in;
+  args.out_features = weight.out;
+  pykd::table().sparse_panels(args);
+  compare(group, weight, args.x, args.x_stride, args.bias, args.y, rows);
+  group.intact({&x, &pack, &scratch, &bias, &y});
+}
+
+void panels(const std::string& level) {
+  Random random(6);
+  for (const int64_t tile : {8, 128, 255}) {
+    Group group(level + " sparse_panels, tiles of " + std::to_string(tile));
+    for (const int64_t rows : {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 70}) {
+      const int64_t out = random.pick<int64_t>({1, 5, 16, 127, 128, 150}),
+                    in = random.pick<int64_t>({1, 9, 16, 127, 129});
+      const double density = random.pick<double>({0.0, 0.05, 0.2, 0.6});
+      group.begin("%lld rows, %lld outputs, %lld inputs, density %g", static_cast<long long>(rows),
+                  static_cast<long long>(out), static_cast<long long>(in), density);
+      panels_case(group, random, Weight(random, out, in, density, pykd::kFloat32), rows, tile);
+    }
+  }
+}
+
+void bitmask(const std::string& level) {
+  Random random(7);
+  Group group(level + " bitmask_expand, bitmask_gather");
+  for (const int dtype : {pykd::kFloat32, pykd::kFloat16})
+    for (const int64_t in : {1, 8, 9, 63, 130}) {
+      group.begin("%lld inputs of %s", static_cast<long long>(in), name_of(dtype));
+      const Weight weight(random, 5, in, 0.4, dtype);
+      const size_t size = size_of(dtype), kept = static_cast<size_t>(weight.nnz());
+      Buffer bits(weight.bits.size()), offsets(weight.offsets.size() * 8), values(kept * size), back(kept * size);
+      Buffer dense(weight.dense.size() * size);
+      for (int64_t i = 0; i < weight.nnz(); ++i) encode(values.data(), i, dtype, weight.values[static_cast<size_t>(i)]);
+      pykd::BitmaskArgs args{put(bits, weight.bits),
+                             put(offsets, weight.offsets),
+                             values.data(),
+                             dense.data(),
+                             in,
+                             5,
+                             static_cast<int>(size),
+                             2};
+      pykd::table().bitmask_expand(args);
+      for (size_t i = 0; i < weight.dense.size(); ++i)
+        group.near("dense", static_cast<int64_t>(i), decode(dense.data(), static_cast<int64_t>(i), dtype),
+                   weight.dense[i], 0);
+      args.values = back.data();
+      pykd::table().bitmask_gather(args);
+      group.require(kept == 0 || std::memcmp(back.data(), values.data(), kept * size) == 0,
+                    "other values were gathered");
+      group.intact({&bits, &offsets, &values, &back, &dense});
+    }
+}
+
+}  // namespace
+
+void sparse(const std::string& level) {
+  linear(level);
+  panels(level);
+  bitmask(level);
+}
+
+}  // namespace check

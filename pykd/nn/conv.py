@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.nn.compressed import CompressedModule
 from pykd.nn.linear_4bit import Weight4bit
 from pykd.nn.linear_8bit import Weight8bit
@@ -148,11 +149,31 @@ class Conv2d4bit(CompressedConv2d, Weight4bit):
         """Quantize a convolution by plain rounding; groups run along in_channels / groups * kh * kw."""
         fields = {name: getattr(conv, name) for name in _FIELDS}
         layer = cls({**fields, "scheme": scheme, "group_size": group_size, "symmetric": symmetric})
-        layer._quantize(conv.weight.detach().flatten(1))
-        layer.bias = cast("nn.Parameter | None", conv.bias)
-        layer.train(conv.training)
-        layer.finalize()
-        return layer
+        matrix = conv.weight.detach().flatten(1)
+        return layer._fill(conv, quantize_4bit(matrix, code=layer.code, group_size=layer.group_size))
+
+    @classmethod
+    def from_codes(
+        cls,
+        conv: nn.Conv2d,
+        tensors: FourBit,
+        *,
+        scheme: str = "w4a16",
+        group_size: int | None = 32,
+        symmetric: bool = True,
+    ) -> Self:
+        """The layer with codes that were chosen elsewhere for the rows [out_channels, in_channels / groups * kh * kw],
+        and the bias of `conv`; tensors and errors as in `Linear4bit.from_codes`."""
+        fields = {name: getattr(conv, name) for name in _FIELDS}
+        layer = cls({**fields, "scheme": scheme, "group_size": group_size, "symmetric": symmetric})
+        return layer._fill(conv, tensors)
+
+    def _fill(self, conv: nn.Conv2d, tensors: FourBit) -> Self:
+        self._take(tensors, conv.weight.dtype)
+        self.bias = cast("nn.Parameter | None", conv.bias)
+        self.train(conv.training)
+        self.finalize()
+        return self
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:

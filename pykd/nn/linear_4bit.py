@@ -53,10 +53,19 @@ class Weight4bit(CompressedModule):
         self.code = SCHEMES_4BIT[scheme] if symmetric else "uint4"
         self.nnz: int | None = None
 
-    def _quantize(self, weight: Tensor) -> None:
-        """Round the matrix and register the canonical tensors in the smaller of the two ways."""
-        self.dtype = weight.dtype
-        tensors = quantize_4bit(weight, code=self.code, group_size=self.group_size)
+    def _take(self, tensors: FourBit, dtype: torch.dtype) -> None:
+        """Register canonical tensors in the smaller of the two ways; ValueError where they do not fit the layer."""
+        groups = groups_of(self.columns, self.group_size).number
+        want = ((self.rows, -(-self.columns // 2)), (self.rows, groups), (self.rows, -(-groups // 2)))
+        for name, tensor, shape in zip(FourBit._fields, tensors, want, strict=True):
+            wanted = None if name == "zeros" and self.symmetric else shape
+            got = None if tensor is None else tuple(tensor.shape)
+            if got != wanted:
+                raise ValueError(
+                    f"{name} must be {wanted} for {self.rows} x {self.columns} weights in {self.code} with group size "
+                    f"{self.group_size}, got {got}"
+                )
+        self.dtype = dtype
         kept = int(self._kept(tensors).sum())
         sparse_bytes = self.rows * -(-self.columns // 8) + -(-kept // 2)
         self.nnz = kept if sparse_bytes < tensors.qweight.numel() else None
@@ -203,11 +212,35 @@ class Linear4bit(Weight4bit):
             symmetric: for w4a16: False stores an integer zero point per group.
         """
         layer = cls(linear.in_features, linear.out_features, scheme, group_size, symmetric)
-        layer._quantize(linear.weight)
-        layer.bias = linear.bias
-        layer.train(linear.training)
-        layer.finalize()
-        return layer
+        return layer._fill(linear, quantize_4bit(linear.weight, code=layer.code, group_size=layer.group_size))
+
+    @classmethod
+    def from_codes(
+        cls,
+        linear: nn.Linear,
+        tensors: FourBit,
+        *,
+        scheme: str = "w4a16",
+        group_size: int | None = 32,
+        symmetric: bool = True,
+    ) -> Self:
+        """The layer with codes that were chosen elsewhere, and the bias of `linear`.
+
+        tensors: canonical, see `pykd.ops.int4_r16`; `zeros` exactly when not symmetric. Raises ValueError where their
+        shapes do not fit the layer.
+
+        >>> linear = nn.Linear(64, 16)
+        >>> tensors = quantize_4bit(linear.weight, code="nf4", group_size=32)
+        >>> layer = Linear4bit.from_codes(linear, tensors, scheme="nf4", group_size=32)
+        """
+        return cls(linear.in_features, linear.out_features, scheme, group_size, symmetric)._fill(linear, tensors)
+
+    def _fill(self, linear: nn.Linear, tensors: FourBit) -> Self:
+        self._take(tensors, linear.weight.dtype)
+        self.bias = linear.bias
+        self.train(linear.training)
+        self.finalize()
+        return self
 
     def spec(self) -> dict[str, Any]:
         sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}

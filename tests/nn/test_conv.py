@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pykd.nn import COMPRESSED, Conv2d4bit, Conv2d8bit
+from pykd.nn.codecs.four_bit import dequantize_4bit, quantize_4bit
 
 KINDS: list[dict[str, Any]] = [
     {"kernel_size": 1},
@@ -70,6 +71,18 @@ def test_types_devices_and_gradient(cls: type[Conv2d4bit | Conv2d8bit], kind: di
     assert twin(x.detach().bfloat16()).dtype == torch.bfloat16
     assert torch.equal(twin.float().weight, compressed.weight)
     assert all(tensor.is_meta for tensor in copy.deepcopy(compressed).to("meta").buffers())
+
+
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[6]], ids=str)
+def test_codes_chosen_elsewhere_are_taken_as_they_are(kind: dict[str, Any]) -> None:
+    conv = nn.Conv2d(8, 12, **kind)
+    tensors = quantize_4bit(conv.weight.detach().flatten(1) * 0.9, code="uint4", group_size=5)
+    taken = Conv2d4bit.from_codes(conv, tensors, group_size=5, symmetric=False)
+    columns = conv.weight[0].numel()
+    want = dequantize_4bit(tensors, code="uint4", in_features=columns, group_size=5)
+    assert torch.equal(taken.weight.flatten(1), want) and taken.bias is conv.bias
+    with pytest.raises(ValueError, match="zeros must be None for 12 x"):
+        Conv2d4bit.from_codes(conv, tensors, group_size=5)
 
 
 def test_an_unfilled_layer_and_an_image_without_batch() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pykd.nn import COMPRESSED, Linear4bit
 from pykd.nn import linear_4bit as module
+from pykd.nn.codecs.four_bit import dequantize_4bit, quantize_4bit
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -159,6 +160,29 @@ def test_repr_says_what_it_is() -> None:
 def test_errors(case: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_codes_chosen_elsewhere_are_taken_as_they_are(case: dict[str, Any]) -> None:
+    linear, rounded = layer(case, zeros=0.3)
+    tensors = quantize_4bit(linear.weight * 0.9, code=rounded.code, group_size=rounded.group_size)
+    taken = Linear4bit.from_codes(linear, tensors, **case)
+    assert taken.bias is linear.bias and taken.spec()["type"] == "Linear4bit"
+    sizes: dict[str, Any] = {"code": rounded.code, "in_features": 67, "group_size": rounded.group_size}
+    assert torch.equal(taken.weight, dequantize_4bit(tensors, **sizes))
+
+
+def test_codes_that_do_not_fit_are_refused() -> None:
+    linear = nn.Linear(67, 45)
+    tensors = quantize_4bit(linear.weight, code="uint4", group_size=32)
+    with pytest.raises(ValueError, match=r"zeros must be None for 45 x 67 weights in int4 .* 32, got \(45, 2\)"):
+        Linear4bit.from_codes(linear, tensors)
+    with pytest.raises(ValueError, match=r"zeros must be \(45, 2\) for .* in uint4 with group size 32, got None"):
+        Linear4bit.from_codes(linear, tensors._replace(zeros=None), symmetric=False)
+    with pytest.raises(ValueError, match=r"scales must be \(45, 1\) for .* group size 128, got \(45, 3\)"):
+        Linear4bit.from_codes(linear, tensors, symmetric=False, group_size=128)
+    with pytest.raises(ValueError, match=r"qweight must be \(45, 32\) for 45 x 64 weights"):
+        Linear4bit.from_codes(nn.Linear(64, 45), tensors)
 
 
 def test_a_damaged_bitmask_is_an_error() -> None:

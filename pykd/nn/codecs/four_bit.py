@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,17 +40,59 @@ def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -
     tensor([[ 0.7002,  0.0000, -0.3501]])
     """
     _check(weight, code, group_size)
-    size, count, _, _ = groups_of(weight.shape[1], group_size)
-    padded = F.pad(weight.detach().float(), (0, size * count - weight.shape[1])).view(-1, count, size)
-    zeros = None
+    groups = split_groups(weight.detach().float(), group_size)
+    scale, zero = _largest(groups).half().float(), None
     if code == "int4":
-        codes, scales = _int4(padded)
+        scale, _ = best_scales(groups, int4_scales(groups), code=code)
     elif code == "uint4":
-        codes, scales, zeros = _uint4(padded)
+        scale, zero = range_scales(groups)
+    levels = nearest_levels(groups, scale, zero, code=code).flatten(1)[:, : weight.shape[1]]
+    zeros = None if zero is None else zero.squeeze(2)
+    return from_levels(levels, scale.squeeze(2), zeros, code=code, group_size=group_size)
+
+
+def split_groups(matrix: Tensor, group_size: int) -> Tensor:
+    """[..., in_features] -> [..., groups, size], the last group filled up with zeros."""
+    size, count, _, _ = groups_of(matrix.shape[-1], group_size)
+    return F.pad(matrix, (0, size * count - matrix.shape[-1])).view(*matrix.shape[:-1], count, size)
+
+
+def nearest_levels(values: Tensor, scale: Tensor, zero: Tensor | None = None, *, code: str) -> Tensor:
+    """The level of the code's grid that is nearest to each value, float32: a weight is ``level * scale``.
+
+    Levels are -8..7 (int4), -zero..15 - zero (uint4) or the entries of a table (nf4, fp4: the lower of two equally near
+    ones). The scale, and for uint4 the zero point, broadcast to the values; a scale of 0 gives level 0.
+
+    >>> nearest_levels(torch.tensor([0.26, -9.0]), torch.tensor(0.5), code="int4")
+    tensor([ 1., -8.])
+    """
+    steps = torch.where(scale == 0, 0.0, values / scale)
+    if code in CODEBOOKS:
+        table = torch.tensor(CODEBOOKS[code], device=values.device).sort().values
+        return table[torch.bucketize(steps, (table[1:] + table[:-1]) / 2)] + 0.0  # no -0.0
+    if zero is None:
+        return steps.round_().clamp_(-8, 7)
+    return (steps.round_() + zero).clamp_(0, 15) - zero
+
+
+def from_levels(levels: Tensor, scales: Tensor, zeros: Tensor | None, *, code: str, group_size: int) -> FourBit:
+    """Canonical tensors from levels [out_features, in_features], as `nearest_levels` gives them, and their scales (and
+    for uint4 zero points) [out_features, groups].
+
+    >>> from_levels(torch.tensor([[7.0, 0.0]]), torch.tensor([[0.5]]), None, code="int4", group_size=2).qweight
+    tensor([[143]], dtype=torch.uint8)
+    """
+    if code in CODEBOOKS:
+        order = torch.tensor(CODEBOOKS[code], device=levels.device).sort(stable=True)
+        # the first of two equal levels in the table's order: one code of 0.0, never FP4's -0.0
+        codes = order.indices[torch.searchsorted(order.values, levels.contiguous())]
+    elif zeros is None:
+        codes = levels + 8
     else:
-        codes, scales = _codebook(padded, torch.tensor(CODEBOOKS[code], device=weight.device))
-    packed = pack_nibbles(codes.flatten(1)[:, : weight.shape[1]])
-    return FourBit(packed, scales, None if zeros is None else pack_nibbles(zeros))
+        size = groups_of(levels.shape[1], group_size).size
+        codes = levels + zeros.repeat_interleave(size, dim=1)[:, : levels.shape[1]]
+        zeros = pack_nibbles(zeros.to(torch.uint8))
+    return FourBit(pack_nibbles(codes.to(torch.uint8)), scales.half(), zeros)
 
 
 def dequantize_4bit(tensors: FourBit, *, code: str, in_features: int, group_size: int) -> Tensor:
@@ -74,42 +117,44 @@ def _check(weight: Tensor, code: str, group_size: int) -> None:
         raise ValueError(f"weights above {limit:.0f} are too large for float16 scales of {code}: rescale the layer")
 
 
-def _divide(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight / scale, 0 where a group is all zero or too small for a float16 scale."""
-    return torch.where(scale == 0, 0.0, weight / scale)
+Scales = tuple[Tensor, Tensor | None]
 
 
-def _int4(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Best of absmax / 7 shrunk (codes -8..7) and of signed absmax / -8 shrunk, by squared error."""
-    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    best_error = torch.full_like(largest, torch.inf)
-    best_scale = torch.zeros_like(largest)
+def best_scales(groups: Tensor, candidates: Iterable[Scales], *, code: str, importance: Tensor | None = None) -> Scales:
+    """Per group, the scale (and zero point) out of candidates with the least squared error, weighted by `importance`.
+
+    groups: [..., groups, size]; candidates: pairs [..., groups, 1], of which the first wins ties; importance broadcasts
+    to the groups. Raises ValueError when there is no candidate.
+    """
+    best: Scales | None = None
+    best_error = groups.new_full((*groups.shape[:-1], 1), torch.inf)
+    for scale, zero in candidates:
+        difference = nearest_levels(groups, scale, zero, code=code).mul_(scale).sub_(groups).square_()
+        error = (difference if importance is None else difference.mul_(importance)).sum(dim=-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        kept = (scale, zero) if best is None else best
+        chosen = None if zero is None or kept[1] is None else torch.where(better, zero, kept[1])
+        best = torch.where(better, scale, kept[0]), chosen
+    if best is None:
+        raise ValueError("best_scales needs at least one candidate, got none")
+    return best
+
+
+def int4_scales(groups: Tensor) -> Iterator[Scales]:
+    """Float16 candidates for int4: absmax / 7 shrunk (codes -8..7) and signed absmax / -8 shrunk."""
+    largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
     for divisor in (7.0, -8.0):
         for shrink in SHRINK:
-            scale = ((largest.abs() if divisor > 0 else largest) * (shrink / divisor)).half().float()
-            rounded = _divide(groups, scale).round_().clamp_(-8, 7).mul_(scale)
-            error = (rounded - groups).square_().sum(dim=2, keepdim=True)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-    codes = (_divide(groups, best_scale).round().clamp(-8, 7) + 8).to(torch.uint8)
-    return codes, best_scale.squeeze(2).half()
+            yield ((largest.abs() if divisor > 0 else largest) * (shrink / divisor)).half().float(), None
 
 
-def _uint4(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def range_scales(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Scale = range / 15 over a range that includes 0, so that 0 is the integer zero point exactly."""
-    low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / 15).half().float()
-    zero = _divide(-low, scale).round_().clamp_(0, 15)
-    codes = (_divide(groups, scale).round() + zero).clamp(0, 15).to(torch.uint8)
-    return codes, scale.squeeze(2).half(), zero.squeeze(2).to(torch.uint8)
+    return scale, torch.where(scale == 0, 0.0, -low / scale).round_().clamp_(0, 15)
 
 
-def _codebook(groups: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest entry of the table (the lower of two equally near) under the largest magnitude as scale."""
-    scale = groups.abs().amax(dim=2, keepdim=True).half().float()
-    order = table.sort(stable=True)
-    middles = (order.values[1:] + order.values[:-1]) / 2
-    codes = order.indices[torch.bucketize(_divide(groups, scale), middles)]
-    codes = torch.where(table[codes] == 0, (table == 0).nonzero()[0], codes)  # one code of 0.0, never FP4's -0.0
-    return codes.to(torch.uint8), scale.squeeze(2).half()
+def _largest(groups: Tensor) -> Tensor:
+    return groups.abs().amax(dim=-1, keepdim=True)

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykd.nn.codecs.four_bit import dequantize_4bit, quantize_4bit
+from pykd.nn.codecs.four_bit import (
+    best_scales,
+    dequantize_4bit,
+    from_levels,
+    nearest_levels,
+    quantize_4bit,
+    range_scales,
+    split_groups,
+)
 from pykd.ops.int4_r16 import CODEBOOKS, CODES, unpack_nibbles
 
 
@@ -70,6 +78,28 @@ def test_a_weight_that_4_bits_can_hold_is_kept_exactly() -> None:
 def test_fp4_uses_one_code_for_zero() -> None:
     tensors = quantize_4bit(torch.tensor([[6.0, 0.1, -0.1, 0.0]]), code="fp4")
     assert unpack_nibbles(tensors.qweight, 4).tolist() == [[7, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_levels_pack_to_what_they_stand_for(code: str) -> None:
+    weight = torch.randn(6, 37)
+    groups = split_groups(weight, 10)
+    scale, zero = range_scales(groups)
+    levels = nearest_levels(groups, scale, zero if code == "uint4" else None, code=code)
+    zeros = zero.squeeze(2) if code == "uint4" else None
+    tensors = from_levels(levels.flatten(1)[:, :37], scale.squeeze(2), zeros, code=code, group_size=10)
+    want = (levels * scale).flatten(1)[:, :37]
+    assert torch.equal(dequantize_4bit(tensors, code=code, in_features=37, group_size=10), want)
+
+
+def test_important_weights_decide_the_scale() -> None:
+    groups = torch.tensor([[[1.0, 0.1, 0.1, 0.1]]])
+    candidates = [(torch.full((1, 1, 1), size), None) for size in (1 / 7, 0.1)]
+    plain, _ = best_scales(groups, candidates, code="int4")
+    weighted, _ = best_scales(groups, candidates, code="int4", importance=torch.tensor([1e-3, 1.0, 1.0, 1.0]))
+    assert plain.item() == pytest.approx(1 / 7) and weighted.item() == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="best_scales needs at least one candidate, got none"):
+        best_scales(groups, [], code="int4")
 
 
 def test_half_and_bfloat16_weights() -> None:

@@ -23,18 +23,7 @@ def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     >>> logits(nn.Linear(4, 3), {"pixel_values": torch.zeros(2, 4), "labels": torch.zeros(2)}).shape
     torch.Size([2, 3])
     """
-    accepted = _accepted(type(unwrap(model)).forward)
-    named = {k: v for k, v in batch.items() if k in accepted and k != "labels" and isinstance(v, Tensor)}
-    if named:
-        output = model(**named)
-    else:
-        tensors = {k: v for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
-        if "pixel_values" not in tensors and len(tensors) != 1:
-            raise DataError(
-                f"{type(unwrap(model)).__name__} takes {', '.join(accepted) or 'nothing by name'}, but the batch holds "
-                f"{', '.join(batch) or 'nothing'}; name the input as the model does, or pixel_values."
-            )
-        output = model(tensors["pixel_values"] if "pixel_values" in tensors else next(iter(tensors.values())))
+    output = call(model, batch)
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if found is None:
         raise DataError(
@@ -43,6 +32,25 @@ def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         )
     result: Tensor = found
     return result
+
+
+def call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Whatever the model returns for a batch; inputs and errors as for `logits`.
+
+    >>> call(nn.Linear(4, 3), {"pixel_values": torch.zeros(2, 4)}).shape
+    torch.Size([2, 3])
+    """
+    accepted = _accepted(type(unwrap(model)).forward)
+    named = {k: v for k, v in batch.items() if k in accepted and k != "labels" and isinstance(v, Tensor)}
+    if named:
+        return model(**named)
+    tensors = {k: v for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
+    if "pixel_values" not in tensors and len(tensors) != 1:
+        raise DataError(
+            f"{type(unwrap(model)).__name__} takes {', '.join(accepted) or 'nothing by name'}, but the batch holds "
+            f"{', '.join(batch) or 'nothing'}; name the input as the model does, or pixel_values."
+        )
+    return model(tensors["pixel_values"] if "pixel_values" in tensors else next(iter(tensors.values())))
 
 
 def move(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Quantization: schemes that pack a layer, and the verb that applies them."""
+"""Quantization: schemes that pack a layer, methods that choose its codes, and the verb that applies them."""
 
 from __future__ import annotations
 
+from pykd.quantization.inputs import Inputs
+from pykd.quantization.methods import METHODS, check_method
 from pykd.quantization.quantize import quantize
 from pykd.quantization.schemes import SCHEMES
 
-__all__ = ["SCHEMES", "quantize"]
+__all__ = ["METHODS", "SCHEMES", "Inputs", "check_method", "quantize"]

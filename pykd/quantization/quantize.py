@@ -2,79 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pykd.errors import nearest
+from pykd.errors import DataError
 from pykd.nn import CompressedModule
+from pykd.nn.linear_4bit import SCHEMES_4BIT
 from pykd.nn.selection import CONVOLUTION, LINEAR, replace_layer, select_layers
-from pykd.quantization.schemes import SCHEMES, Scheme
+from pykd.quantization.calibration import Batch, Data, calibrate, calibration_batches
+from pykd.quantization.inputs import Inputs
+from pykd.quantization.methods import METHODS, Choose, Method, check_method
+from pykd.quantization.schemes import Scheme, eight_bit, four_bit
 from pykd.training.record import recorded_change, require_finite_weights
 
 Model = TypeVar("Model", bound=nn.Module)
+#: (dense layer, statistics of its inputs) -> packed layer.
+Pack = Callable[[nn.Module, Inputs | None], CompressedModule]
 
 #: A packed layer must save this much: describing it costs some hundred bytes of the saved files.
 LEAST_SAVING_BYTES = 1024
+
+UNREACHED = "calibration never reached it: give data that uses it, or quantize it with method='rtn'"
 
 
 def quantize(
     model: Model,
     scheme: str | Scheme = "w4a16",
     *,
+    method: str | Choose = "rtn",
     group_size: int = 64,
+    symmetric: bool = True,
+    data: Data | None = None,
+    samples: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> Model:
-    """Quantize the Linear and Conv2d layers of ``model`` in place by plain rounding; returns it.
+    """Quantize the Linear and Conv2d layers of ``model`` in place; returns it.
 
-    scheme: "w4a16", "nf4", "fp4" (weights in 4 bits) or "w8a8" (weights and, at each call, activations in 8 bits), or a
-    function like those in SCHEMES. group_size: inputs that share a scale in the 4-bit schemes. include, exclude: shell
-    patterns of layer names; by default all but embeddings, norms and output heads. Sparse layers keep their zeros, and
-    are stored sparse where that is smaller. A layer that would save less than LEAST_SAVING_BYTES is skipped and named
-    with the reason in ``model.pykd_report``. One layer at a time is held twice. Packed weights are constants: train
-    before.
+    Args:
+        scheme: "w4a16", "nf4", "fp4" (weights in 4 bits) or "w8a8" (weights and, at each call, activations in 8 bits),
+            or a function of (dense layer, group size) that returns the packed layer.
+        method: how 4-bit codes are chosen. "rtn": round to nearest. "gptq" (Frantar et al. 2022): by the error of the
+            layer's outputs on ``data``. Or a function like these, (weight, inputs, *, code, group_size) -> FourBit,
+            which gets statistics of the inputs when there is ``data`` and None when not. Only "rtn" goes with "w8a8".
+        group_size: inputs that share a scale in the 4-bit schemes.
+        symmetric: False stores an integer zero point per group; scheme "w4a16" only.
+        data: examples for the methods that look at inputs, not read by "rtn": a DataBundle (its training split), or
+            an iterable of batches, as dicts of tensors by input name or as tensors. Labels are not used.
+        samples: how many examples; batch_size: how many at once, from a DataBundle; seed: which, from a DataBundle.
+        include, exclude: shell patterns of layer names; by default all but embeddings, norms and output heads.
 
-    Raises ValueError for an unknown scheme, a group size below 1, patterns that match nothing, NaN or infinite weights.
+    Layers are quantized in the order in which the model runs them, each by the inputs that it gets behind the packed
+    ones; the statistics of one input are in memory at a time: 4 * in_features^2 bytes, and a few times that while codes
+    are chosen. A layer that calibration never reached, or that would save less than LEAST_SAVING_BYTES, stays as it is
+    and is named with the reason in ``model.pykd_report``. Weights that are exactly zero stay so under every method, and
+    sparse layers are stored sparse where that is smaller. Packed weights are constants: train before.
+
+    Raises ValueError for an unknown scheme or method or ones that do not go together, a method without the data that it
+    needs, numbers out of range, patterns that match nothing, NaN or infinite weights or activations, and data that
+    reaches no layer.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> type(quantize(model, "nf4")[0]).__name__
+    >>> type(quantize(model, "w4a16", method="gptq", data=[torch.randn(32, 64)])[0]).__name__
     'Linear4bit'
     """
-    if not callable(scheme) and scheme not in SCHEMES:
-        raise ValueError(nearest("scheme", scheme, SCHEMES))
+    check_method(scheme, method, symmetric=symmetric)
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size is the number of inputs that share a scale, at least 1, got {group_size!r}")
-    pack = scheme if callable(scheme) else SCHEMES[scheme]
+    chosen = Method(method, data is not None) if callable(method) else METHODS[method]
+    pack = _packer(scheme, chosen.choose, group_size, symmetric)
+    batches = None
+    if chosen.calibrated:
+        if data is None:
+            raise DataError(
+                f"method {method!r} looks at the inputs of each layer: pass data=, some hundred examples of what the "
+                "model is for; without any, use method='rtn'"
+            )
+        batches = calibration_batches(data, samples=samples, batch_size=batch_size, seed=seed)
     require_finite_weights(model, "model")
     selection = select_layers(model, (*LINEAR, *CONVOLUTION), include=include, exclude=exclude)
     parameters = {
+        "scheme": _name(scheme),
         "group_size": group_size,
+        "symmetric": symmetric,
+        "samples": None if batches is None else sum(len(next(iter(batch.values()))) for batch in batches),
         "include": None if include is None else list(include),
         "exclude": None if exclude is None else list(exclude),
     }
-    name = scheme if isinstance(scheme, str) else getattr(scheme, "__name__", type(scheme).__name__)
-    with recorded_change(model, stage="quantize", method=name, parameters=parameters) as facts:
-        changed: dict[str, dict[str, Any]] = {}
-        skipped = dict(selection.skipped)
-        for layer_name in list(selection.chosen):
-            layer = selection.chosen.pop(layer_name)
-            outcome = _quantize_layer(model, layer, pack, group_size)
-            if isinstance(outcome, str):
-                skipped[layer_name] = outcome
-            else:
-                changed[layer_name] = outcome
-        facts.update(changed=changed, skipped=skipped)
+    names, skipped = list(selection.chosen), selection.skipped
+    del selection  # holds the dense layers
+    with recorded_change(model, stage="quantize", method=_name(method), parameters=parameters) as facts:
+        changed, left = _quantize_layers(model, names, pack, batches)
+        facts.update(changed=changed, skipped={**skipped, **left})
     return model
 
 
+def _name(choice: Any) -> str:
+    return choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
+
+
+def _packer(scheme: str | Scheme, choose: Choose, group_size: int, symmetric: bool) -> Pack:
+    """One function from a dense layer to a packed one."""
+    if not isinstance(scheme, str) or scheme not in SCHEMES_4BIT:
+        make = eight_bit if isinstance(scheme, str) else scheme
+        return lambda layer, inputs: make(layer, group_size)
+    code = SCHEMES_4BIT[scheme] if symmetric else "uint4"
+
+    def pack(layer: nn.Module, inputs: Inputs | None) -> CompressedModule:
+        matrix = cast(Tensor, layer.weight).detach().flatten(1)
+        tensors = choose(matrix, inputs, code=code, group_size=group_size)
+        return four_bit(layer, tensors, scheme=scheme, group_size=group_size, symmetric=symmetric)
+
+    return pack
+
+
+def _quantize_layers(
+    model: nn.Module, names: Sequence[str], pack: Pack, batches: Sequence[Batch] | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What became of each layer, and why others were left."""
+    changed: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, str] = {}
+
+    def visit(name: str, inputs: Inputs | None = None) -> None:
+        outcome = _quantize_layer(model, name, pack, inputs)
+        if isinstance(outcome, str):
+            skipped[name] = outcome
+        else:
+            changed[name] = outcome
+
+    if batches is None:
+        for name in names:
+            visit(name)
+        return changed, skipped
+    skipped.update(dict.fromkeys(calibrate(model, names, batches, visit), UNREACHED))
+    if all(reason == UNREACHED for reason in skipped.values()) and not changed:
+        raise ValueError(f"calibration reached none of {len(names)} layers: give data=, inputs that the model runs on")
+    return changed, skipped
+
+
 @torch.no_grad()
-def _quantize_layer(model: nn.Module, layer: nn.Module, pack: Scheme, group_size: int) -> dict[str, Any] | str:
+def _quantize_layer(model: nn.Module, name: str, pack: Pack, inputs: Inputs | None) -> dict[str, Any] | str:
     """Replace one layer; what it saves, or why it was left."""
+    layer = model.get_submodule(name)
     before = stored_bytes(layer)
-    packed = pack(layer.to_dense() if isinstance(layer, CompressedModule) else layer, group_size)
+    packed = pack(layer.to_dense() if isinstance(layer, CompressedModule) else layer, inputs)
     after = stored_bytes(packed)
     if before - after < LEAST_SAVING_BYTES:
         return f"would be stored in {after} instead of {before} bytes: no gain"

@@ -7,24 +7,27 @@ from collections.abc import Callable
 from torch import nn
 
 from pykd.nn import CompressedModule, Conv2d4bit, Conv2d8bit, Linear4bit, Linear8bit
+from pykd.nn.codecs.four_bit import FourBit
 
-#: (dense layer, group size) -> packed layer
+#: (dense layer, group size) -> packed layer: what a caller may give instead of the name of a scheme.
 Scheme = Callable[[nn.Module, int], CompressedModule]
 
+#: Name -> how weights are stored. Activations: as they are, but for w8a8, which rounds them to 8 bits at each call.
+#: nf4: quantiles of the normal distribution (Dettmers et al. 2023).
+SCHEMES: dict[str, str] = {
+    "w4a16": "4 bits, whole numbers",
+    "nf4": "4 bits, a table",
+    "fp4": "4 bits, floating point",
+    "w8a8": "8 bits, whole numbers",
+}
 
-def four_bit(code: str) -> Scheme:
-    """Weights in 4 bits, a 16-bit scale per group of inputs; activations stay as they are.
 
-    code: "w4a16" (whole numbers -8..7), "nf4" (quantiles of the normal distribution; Dettmers et al. 2023) or "fp4".
-    """
-
-    def pack(layer: nn.Module, group_size: int) -> CompressedModule:
-        if isinstance(layer, nn.Conv2d):
-            return Conv2d4bit.from_conv2d(layer, scheme=code, group_size=group_size)
-        assert isinstance(layer, nn.Linear)
-        return Linear4bit.from_linear(layer, scheme=code, group_size=group_size)
-
-    return pack
+def four_bit(layer: nn.Module, tensors: FourBit, *, scheme: str, group_size: int, symmetric: bool) -> CompressedModule:
+    """The packed form of an nn.Linear or nn.Conv2d with these codes."""
+    if isinstance(layer, nn.Conv2d):
+        return Conv2d4bit.from_codes(layer, tensors, scheme=scheme, group_size=group_size, symmetric=symmetric)
+    assert isinstance(layer, nn.Linear)
+    return Linear4bit.from_codes(layer, tensors, scheme=scheme, group_size=group_size, symmetric=symmetric)
 
 
 def eight_bit(layer: nn.Module, group_size: int) -> CompressedModule:
@@ -33,12 +36,3 @@ def eight_bit(layer: nn.Module, group_size: int) -> CompressedModule:
         return Conv2d8bit.from_conv2d(layer)
     assert isinstance(layer, nn.Linear)
     return Linear8bit.from_linear(layer)
-
-
-#: Name -> scheme.
-SCHEMES: dict[str, Scheme] = {
-    "w4a16": four_bit("w4a16"),
-    "nf4": four_bit("nf4"),
-    "fp4": four_bit("fp4"),
-    "w8a8": eight_bit,
-}

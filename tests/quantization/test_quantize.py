@@ -62,7 +62,8 @@ def test_layers_are_packed_and_still_compute(scheme: str) -> None:
             assert (got - want).norm() < TOLERANCE[scheme] * want.norm()
             x = want
     entry = model.pykd_report[0]
-    assert entry["stage"] == "quantize" and entry["method"] == scheme and entry["skipped"] == {"5": "output head"}
+    assert entry["stage"] == "quantize" and entry["method"] == "rtn" and entry["skipped"] == {"5": "output head"}
+    assert entry["parameters"]["scheme"] == scheme and entry["parameters"]["samples"] is None
     assert entry["parameters_before"] == entry["parameters_after"]
     for index in (0, 2, 4):
         facts = entry["changed"][str(index)]
@@ -138,7 +139,7 @@ def test_a_function_is_a_scheme() -> None:
         return Linear4bit.from_linear(layer, group_size=layer.in_features)
 
     model = quantize(nn.Sequential(nn.Linear(128, 128), nn.Linear(4, 4)), coarse)
-    assert model[0].group_size == 128 and model.pykd_report[0]["method"] == "coarse"
+    assert model[0].group_size == 128 and model.pykd_report[0]["parameters"]["scheme"] == "coarse"
 
 
 def test_half_precision_models() -> None:

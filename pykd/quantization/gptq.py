@@ -1,0 +1,176 @@
+"""GPTQ: codes that make up for each other's rounding errors, by the second moments of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykd.nn.codecs.four_bit import FourBit, Scales, dequantize_4bit, nearest_levels, quantize_4bit
+from pykd.ops.int4_r16 import CODEBOOKS
+from pykd.quantization.grid import Grid
+from pykd.quantization.inputs import Inputs
+
+#: Columns whose errors are carried on at once: one matrix product instead of many vector products.
+BLOCK = 128
+
+
+def gptq(
+    weight: Tensor,
+    inputs: Inputs,
+    *,
+    code: str,
+    group_size: int,
+    damping: float = 0.01,
+    activation_order: bool = True,
+    passes: int = 3,
+) -> FourBit:
+    """Choose codes by the error of the layer's outputs (Frantar et al. 2022, GPTQ, algorithm 1).
+
+    Minimises, row by row, ``e H e^T`` with e = weight - rounded weight and H = ``inputs.hessian``: the squared error of
+    the output on the calibration inputs. Columns are rounded one after another, and the error of each moves the columns
+    that are still to come: ``w[j:] -= (w_j - q_j) / U_jj * U[j, j:]`` with ``H^-1 = U^T U``.
+
+    Beyond the paper: scales are searched under the weights diag(H) instead of taken from the largest weight; in every
+    further pass they are fitted to the codes found so far, by least squares under H, and the codes chosen again; and
+    each row keeps the best of all passes and of plain rounding, so that no row's error is above that of `rtn`.
+
+    Args:
+        weight: [out_features, in_features], any floating-point dtype; exact zeros stay exactly zero.
+        inputs: statistics with hessian [blocks, in_features, in_features]; out_features is a multiple of blocks.
+        code: int4, uint4, nf4 or fp4.
+        group_size: columns that share a scale; groups stay consecutive whatever the order of the columns.
+        damping: share of the mean of diag(H) that is added to it, > 0; inputs that were never active count as that.
+        activation_order: round the columns with the largest diag(H) first.
+        passes: how often the codes are chosen, >= 1; 1 is the paper's algorithm under searched scales.
+
+    Raises ValueError for damping or passes out of range, a Hessian of another shape, and as `quantize_4bit` does.
+
+    >>> x = torch.randn(64, 16) @ torch.randn(16, 16)
+    >>> inputs = Inputs((x.T @ x / 32)[None], x.abs().mean(0)[None], 64)
+    >>> gptq(torch.randn(4, 16), inputs, code="int4", group_size=8).scales.shape
+    torch.Size([4, 2])
+    """
+    if not damping > 0 or passes < 1:
+        raise ValueError(f"damping must be above 0 and passes at least 1, got {damping} and {passes}")
+    best = quantize_4bit(weight, code=code, group_size=group_size)
+    columns, blocks = weight.shape[1], inputs.hessian.shape[0]
+    if inputs.hessian.shape[1:] != (columns, columns) or weight.shape[0] % blocks:
+        raise ValueError(
+            f"a hessian [blocks, {columns}, {columns}] whose blocks divide {weight.shape[0]} outputs fits this weight, "
+            f"got {list(inputs.hessian.shape)}"
+        )
+    grid = Grid(code, group_size, columns)
+    target = weight.detach().float().reshape(blocks, -1, columns)
+    hessian = _damped(inputs.hessian, damping)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    order = diagonal.argsort(dim=1, descending=True, stable=True) if activation_order else None
+    root = _inverse_root(hessian, order)
+    scales = grid.search(target, diagonal[:, None])
+    for turn in range(passes):
+        levels = _feedback(target, root, order, grid, scales)
+        best = _better_rows(weight, inputs.hessian, grid.pack(levels, scales), best, grid)
+        if turn < passes - 1:
+            scales = _refit(target, hessian, grid, levels, scales)
+    return best
+
+
+def output_error(weight: Tensor, tensors: FourBit, hessian: Tensor, *, code: str, group_size: int) -> Tensor:
+    """``e H e^T`` per row, float32 [out_features]: twice the mean squared error of each output of the layer."""
+    dense = dequantize_4bit(tensors, code=code, in_features=weight.shape[1], group_size=group_size)
+    error = (weight.detach().float() - dense).reshape(hessian.shape[0], -1, weight.shape[1])
+    result: Tensor = ((error @ hessian) * error).sum(dim=2).flatten()
+    return result
+
+
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + damping * mean(diag H) * I; the identity where all inputs were zero."""
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    return hessian + damping * mean[:, None, None] * torch.eye(hessian.shape[1], device=hessian.device)
+
+
+def _inverse_root(hessian: Tensor, order: Tensor | None) -> Tensor:
+    """Upper U with H^-1 = U^T U, float32, for H in this order of columns.
+
+    It is the inverse of the upper R with H = R R^T, which is a Cholesky factor turned around: H is never inverted.
+    """
+    if order is not None:
+        hessian = _rows_of(_rows_of(hessian, order).transpose(1, 2), order)
+    root = torch.linalg.cholesky(hessian.double().flip(1, 2)).flip(1, 2)
+    eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
+    inverse: Tensor = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=True)
+    return inverse.float()
+
+
+def _feedback(target: Tensor, root: Tensor, order: Tensor | None, grid: Grid, scales: Scales) -> Tensor:
+    """The levels of algorithm 1 for fixed scales. Works on columns as rows, so that each is contiguous."""
+    work = _arranged(target, order)
+    scale = _arranged(grid.spread(scales[0]), order)
+    zero = None if scales[1] is None else _arranged(grid.spread(scales[1]), order)
+    round_column = _rounding(grid.code, scale, zero, kept=work != 0)
+    levels = torch.empty_like(work)
+    for first in range(0, work.shape[1], BLOCK):
+        last = min(first + BLOCK, work.shape[1])
+        errors = torch.empty_like(work[:, first:last])
+        for column in range(first, last):
+            value = work[:, column]
+            level = round_column(column, value)
+            levels[:, column] = level
+            error = (value - level * scale[:, column]) / root[:, column, column, None]
+            errors[:, column - first] = error
+            rest = slice(column + 1, last)
+            work[:, rest].baddbmm_(root[:, column, rest, None], error[:, None], alpha=-1)
+        work[:, last:].baddbmm_(root[:, first:last, last:].transpose(1, 2), errors, alpha=-1)
+    if order is not None:
+        levels = _rows_of(levels, order.argsort(dim=1))
+    return levels.transpose(1, 2).contiguous()
+
+
+def _rounding(code: str, scale: Tensor, zero: Tensor | None, *, kept: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """`nearest_levels` one column at a time, with what is the same for all of them prepared; 0 where not kept."""
+    kept = kept & (scale != 0)
+    divisor = scale.masked_fill(scale == 0, 1.0)
+    if code in CODEBOOKS:
+        return lambda column, value: nearest_levels(value, divisor[:, column], code=code) * kept[:, column]
+    low, high = (-8.0, 7.0) if zero is None else (-zero, 15.0 - zero)
+    low, high = low * kept, high * kept
+    return lambda column, value: (value / divisor[:, column]).round_().clamp_(low[:, column], high[:, column])
+
+
+def _refit(target: Tensor, hessian: Tensor, grid: Grid, levels: Tensor, scales: Scales) -> Scales:
+    """Least-squares scales for fixed levels, one group after another: s_g += (L_g . (e H)_g) / (L_g H_gg L_g^T)."""
+    scale = scales[0].clone()
+    error = target - levels * grid.spread(scale)
+    pull = error @ hessian
+    for group, span in enumerate(grid.slices()):
+        part = levels[:, :, span]
+        curvature = ((part @ hessian[:, span, span]) * part).sum(dim=2)
+        old = scale[:, :, group]
+        new = old + torch.where(curvature > 0, (part * pull[:, :, span]).sum(dim=2) / curvature, 0.0)
+        new = torch.where((new / old - 1).abs() <= 0.5, new, old).half().float()  # never through zero
+        pull.baddbmm_(part * (new - old)[:, :, None], hessian[:, span], alpha=-1)
+        scale[:, :, group] = new
+    return scale, scales[1]
+
+
+def _better_rows(weight: Tensor, hessian: Tensor, found: FourBit, best: FourBit, grid: Grid) -> FourBit:
+    """Each row from whichever has the smaller output error; `best` where they are equal."""
+    options: Any = {"code": grid.code, "group_size": grid.group_size}
+    error, least = (output_error(weight, tensors, hessian, **options) for tensors in (found, best))
+    wins = (error < least)[:, None]
+    zeros = None if found.zeros is None or best.zeros is None else torch.where(wins, found.zeros, best.zeros)
+    return FourBit(torch.where(wins, found.qweight, best.qweight), torch.where(wins, found.scales, best.scales), zeros)
+
+
+def _arranged(matrix: Tensor, order: Tensor | None) -> Tensor:
+    """[blocks, rows, columns] -> [blocks, columns in this order, rows], a copy."""
+    turned = matrix.transpose(1, 2).contiguous()
+    return turned.clone() if order is None else _rows_of(turned, order)
+
+
+def _rows_of(matrix: Tensor, order: Tensor) -> Tensor:
+    """The rows [blocks, columns, ...] of a batch of matrices in the order [blocks, columns]."""
+    return matrix.gather(1, order[:, :, None].expand(-1, -1, matrix.shape[2]))

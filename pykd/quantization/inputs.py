@@ -1,0 +1,79 @@
+"""What calibration measures of a layer's inputs, added up call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Bytes that the unfolded inputs of a convolution may take at once.
+UNFOLD_BYTES = 64 << 20
+
+
+class Inputs(NamedTuple):
+    """Statistics of the rows x that a layer multiplied its weight matrix [out_features, in_features] with.
+
+    hessian: float32 [blocks, in_features, in_features], 2 / rows * sum of x x^T: the second derivative of an output's
+    mean squared error by the weights that make it (Frantar et al. 2022, GPTQ, eq. 2). blocks: 1, or the groups of a
+    convolution: the outputs fall into that many equal runs, each with inputs of its own. mean_abs: float32 [blocks,
+    in_features], mean of abs(x). rows: how many were seen.
+    """
+
+    hessian: Tensor
+    mean_abs: Tensor
+    rows: int
+
+
+class Accumulator:
+    """Adds up `Inputs` of one layer, nn.Linear or nn.Conv2d, batch by batch; memory does not grow with the rows.
+
+    >>> accumulator = Accumulator(nn.Linear(2, 3))
+    >>> accumulator.add(torch.tensor([[1.0, -2.0]]))
+    >>> accumulator.finish()
+    Inputs(hessian=tensor([[[ 2., -4.],
+             [-4.,  8.]]]), mean_abs=tensor([[1., 2.]]), rows=1)
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.rows = layer, 0
+        weight: Any = layer.weight
+        blocks = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        columns = weight[0].numel()
+        self.products = torch.zeros(blocks, columns, columns, device=weight.device)
+        self.magnitudes = torch.zeros(blocks, columns, device=weight.device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """One call's input; mask [batch, positions] leaves out the padding where the input has these dimensions."""
+        pieces = iter([_rows(x, mask)]) if not isinstance(self.layer, nn.Conv2d) else _unfolded(self.layer, x)
+        for piece in pieces:  # [blocks, rows, columns]
+            self.products.baddbmm_(piece.transpose(1, 2), piece)
+            self.magnitudes += piece.abs().sum(dim=1)
+            self.rows += piece.shape[1]
+
+    def finish(self) -> Inputs:
+        """The means; the sums are given up."""
+        rows = max(self.rows, 1)
+        return Inputs(self.products.mul_(2 / rows), self.magnitudes.div_(rows), self.rows)
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    fits = mask is not None and x.dim() > mask.dim() and x.shape[: mask.dim()] == mask.shape
+    rows = x[mask.bool()] if fits and mask is not None else x
+    return rows.reshape(1, -1, x.shape[-1]).float()
+
+
+def _unfolded(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
+    """The patches under the kernel, [groups, positions, in_channels / groups * kh * kw], a few images at a time."""
+    x = (x if x.dim() == 4 else x[None]).float()
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    kernel, dilation, stride = conv.kernel_size, conv.dilation, conv.stride
+    size = kernel[0] * kernel[1] * x[0].nbytes // (stride[0] * stride[1])
+    for images in torch.split(x, max(1, UNFOLD_BYTES // max(1, size))):
+        patches = F.unfold(images, kernel, dilation=dilation, stride=stride)
+        patches = patches.view(len(images), conv.groups, -1, patches.shape[2])
+        yield patches.permute(1, 0, 3, 2).flatten(1, 2)

@@ -7,7 +7,6 @@
 #include <new>
 
 #include "cpu/dispatch.h"
-#include "cpu/memory.h"
 #include "cpu/sparse_pack.h"
 
 namespace py = pybind11;
@@ -158,10 +157,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &pykd::isa, "Name of the instruction-set level in force.");
   m.def("set_isa", &pykd::set_isa, py::arg("name"), "Use another level that this CPU can run.");
   m.def("isa_levels", &pykd::isa_levels, "The levels that this CPU can run, lowest first.");
-  m.def(
-      "advise_huge_pages",
-      [](std::uintptr_t memory, std::size_t bytes) { pykd::advise_huge_pages(address<void>(memory), bytes); },
-      py::arg("memory"), py::arg("bytes"), "Ask for huge pages in freshly allocated memory.");
   m.def("kl_div", &kl_div, py::call_guard<py::gil_scoped_release>(), py::arg("student"), py::arg("teacher"),
         py::arg("labels"), py::arg("scale"), py::arg("losses"), py::arg("gradient"), py::arg("rows"),
         py::arg("student_classes"), py::arg("teacher_classes"), py::arg("student_stride"), py::arg("teacher_stride"),

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pykd
-from pykd.ops import memory
 
 INF = float("inf")
 
@@ -293,24 +292,7 @@ def test_shift_needs_time() -> None:
         pykd.kd_loss(torch.zeros(3), torch.zeros(3), torch.tensor(0), shift=True)
 
 
-def test_huge_pages_are_advised_for_large_cpu_outputs_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    class Native:
-        @staticmethod
-        def advise_huge_pages(address: int, size: int) -> None:
-            asked.append(size)
-
-    monkeypatch.setattr(memory, "native", Native)
-    cpu = torch.device("cpu")
-    memory.empty((memory.HUGE_BYTES // 4 - 1,), dtype=torch.float32, device=cpu)
-    memory.empty((memory.HUGE_BYTES,), dtype=torch.float32, device=torch.device("meta"))
-    assert asked == []
-    memory.empty((memory.HUGE_BYTES // 4,), dtype=torch.float32, device=cpu)
-    assert asked == [memory.HUGE_BYTES]
-
-
-def test_large_fresh_gradient_uses_advised_memory() -> None:
+def test_large_fresh_gradient_in_pooled_memory() -> None:
     student, teacher = torch.randn(40, 40_000, requires_grad=True), torch.randn(40, 40_000)
     want = gradient(kl(student, teacher).mean(), student)
     torch.testing.assert_close(gradient(pykd.kl_div_loss(student, teacher), student), want)

@@ -7,6 +7,7 @@
 // adds (a decoded slab in cache would cost loads that the register tile needs for activations), used for all rows of a
 // panel of activations, summed in float32 without their scale, and folded into the total once per group.
 #include "cpu/linear_4bit_decode.h"
+#include "cpu/linear_rows.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 #include "ops.h"
@@ -14,23 +15,16 @@
 namespace pykd::PYKD_LEVEL {
 namespace {
 
-constexpr int kStrip = 32;
 constexpr int64_t kScaleBytes = kStrip * 2;
 
-// Register tile: vectors(rows) vectors of outputs x at most kRows rows of activations. From kSlabFrom rows on (for a
-// codebook kSlabFromTable, whose decoding is dearer) weights are decoded once into a slab instead of once per panel.
+// From so many rows on (for a codebook kSlabFromTable, whose decoding is dearer) weights are decoded once into a slab
+// instead of once per panel.
 #if defined(PYKD_LEVEL_avx512)
-constexpr int kRows = 12;  // 2 x 12 accumulators of 32 registers
 constexpr int64_t kSlabFrom = 96, kSlabFromTable = 96;
-constexpr int vectors(int) { return 2; }
 #elif defined(PYKD_LEVEL_avx2)
-constexpr int kRows = 6;  // 2 x 6 accumulators of 16 registers
 constexpr int64_t kSlabFrom = 8, kSlabFromTable = 6;
-constexpr int vectors(int rows) { return rows <= 2 ? 4 : 2; }
 #else
-constexpr int kRows = 4;
 constexpr int64_t kSlabFrom = 8, kSlabFromTable = 8;
-constexpr int vectors(int) { return 2; }
 #endif
 
 struct Shape {
@@ -141,35 +135,8 @@ void strip_panel(int rows, const Linear4bitArgs& a, const Shape& s, const uint8_
   strip_rows<MR, Decoder>(a, s, strip, panel, total);
 }
 
-float bias_at(const Linear4bitArgs& a, int64_t i) {
-  if (!a.bias) return 0.0f;
-  if (a.bias_dtype == kFloat32) return static_cast<const float*>(a.bias)[i];
-  if (a.bias_dtype == kBFloat16) return to_float(static_cast<const BF16*>(a.bias)[i]);
-  return to_float(static_cast<const F16*>(a.bias)[i]);
-}
-
-// total[rows][Outputs] + bias -> y[row ...][first ...]
-template <class T, int Outputs>
-void write_out(const Linear4bitArgs& a, const float* total, int64_t first, int64_t row, int rows) {
-  const int64_t left = a.out_features - first;
-  const int count = static_cast<int>(left < Outputs ? left : Outputs);
-  float bias[Outputs];
-  for (int i = 0; i < count; ++i) bias[i] = bias_at(a, first + i);
-  for (int m = 0; m < rows; ++m, total += Outputs) {
-    T* y = static_cast<T*>(a.y) + (row + m) * a.out_features + first;
-    int i = 0;
-    for (; i + kWidth <= count; i += kWidth) store(y + i, add(load(total + i), load(bias + i)));
-    if (i < count)
-      store_n(y + i, add(load_n(total + i, count - i, 0.0f), load_n(bias + i, count - i, 0.0f)), count - i);
-  }
-}
-
 // --- many rows: a decoded slab
 // -------------------------------------------------------------------------------------------
-
-constexpr int64_t kSlab = 256;   // k at a time: 16 outputs x 256 k floats are half of a 32 KB first-level cache
-constexpr int kSlabVectors = 2;  // outputs of a slab, in vectors
-constexpr int kSlabOutputs = kSlabVectors * kWidth;
 
 // slab[k][kSlabOutputs] = weights of k in [first, last), scaled, for outputs from `row` on. (code - 8) * scale and
 // (code - zero) * scale are exact in float32.
@@ -202,45 +169,8 @@ void decode_slab(Decoder decoder, const Shape& s, const uint8_t* strip, int row,
   }
 }
 
-// total[m][kSlabOutputs] += panel[k][m] * slab[k]
-template <int MR>
-void multiply_slab(const float* slab, const float* panel, int64_t count, float* total) {
-  F32 sum[kSlabVectors][MR];
-  for (int m = 0; m < MR; ++m)
-    for (int i = 0; i < kSlabVectors; ++i) sum[i][m] = load(total + m * kSlabOutputs + i * kWidth);
-  for (int64_t k = 0; k < count; ++k, slab += kSlabOutputs, panel += MR) {
-    F32 w[kSlabVectors];
-    for (int i = 0; i < kSlabVectors; ++i) w[i] = load(slab + i * kWidth);
-    for (int m = 0; m < MR; ++m) {
-      const F32 value = set1(panel[m]);
-      for (int i = 0; i < kSlabVectors; ++i) sum[i][m] = fma(w[i], value, sum[i][m]);
-    }
-  }
-  for (int m = 0; m < MR; ++m)
-    for (int i = 0; i < kSlabVectors; ++i) store(total + m * kSlabOutputs + i * kWidth, sum[i][m]);
-}
-
-template <int MR = kRows>
-void multiply_slab_rows(int rows, const float* slab, const float* panel, int64_t count, float* total) {
-  if constexpr (MR > 1) {
-    if (rows < MR) return multiply_slab_rows<MR - 1>(rows, slab, panel, count, total);
-  }
-  multiply_slab<MR>(slab, panel, count, total);
-}
-
 // --- the call
 // -----------------------------------------------------------------------------------------------------------
-
-// `rows` rows spread evenly over panels of at most kRows.
-struct Panels {
-  int64_t rows, count;
-  explicit Panels(int64_t rows) : rows(rows), count((rows + kRows - 1) / kRows) {}
-  int64_t row(int64_t p) const { return rows * p / count; }
-  int size(int64_t p) const { return static_cast<int>(row(p + 1) - row(p)); }
-};
-
-// Items for a thread to be worth waking, when one item is `work` multiply-adds.
-int64_t grain(int64_t work) { return 1 + (1 << 15) / (work + 1); }
 
 template <class T, bool kPlaced>
 void pack_panels(const Linear4bitArgs& a, const Shape& s, const Panels& panels, int64_t first) {
@@ -263,7 +193,7 @@ struct TableOf : Table {
 
 template <class T, template <int> class Decoder>
 void few_rows(const Linear4bitArgs& a, const Shape& s, int64_t first, int64_t rows) {
-  const Panels panels(rows);
+  const Panels panels(rows, kRows);
   pack_panels<T, Decoder<1>::kPlaced>(a, s, panels, first);
   // Few strips: threads share a strip and split its panels.
   const int64_t strips = (a.out_features + kStrip - 1) / kStrip;
@@ -286,7 +216,7 @@ template <class T, class Decoder>
 void many_rows(const Linear4bitArgs& a, const Shape& s, int64_t first, int64_t rows) {
   alignas(64) static const uint8_t eights[kStrip] = {8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8,
                                                      8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8};
-  const Panels panels(rows);
+  const Panels panels(rows, kRows);
   pack_panels<T, false>(a, s, panels, first);
   const int64_t slabs = (a.out_features + kSlabOutputs - 1) / kSlabOutputs;
   const bool asymmetric = a.code == kUint4;

@@ -1,0 +1,92 @@
+// What linear layers over packed weights share: rows spread over panels, the float32 register tile, and the way out.
+#pragma once
+
+#include "cpu/vec.h"
+#include "ops.h"
+
+namespace pykd::PYKD_LEVEL {
+
+constexpr int kStrip = 32;  // outputs whose weights a thread reads as one sequential stream
+
+// Float32 register tile: vectors(rows) vectors of outputs x at most kRows rows of activations.
+#if defined(PYKD_LEVEL_avx512)
+constexpr int kRows = 12;  // 2 x 12 accumulators of 32 registers
+constexpr int vectors(int) { return 2; }
+#elif defined(PYKD_LEVEL_avx2)
+constexpr int kRows = 6;  // 2 x 6 accumulators of 16 registers
+constexpr int vectors(int rows) { return rows <= 2 ? 4 : 2; }
+#else
+constexpr int kRows = 4;
+constexpr int vectors(int) { return 2; }
+#endif
+
+// `rows` rows spread evenly over panels of at most `most`.
+struct Panels {
+  int64_t rows, count;
+  PYKD_INLINE Panels(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
+  PYKD_INLINE int64_t row(int64_t p) const { return rows * p / count; }
+  PYKD_INLINE int size(int64_t p) const { return static_cast<int>(row(p + 1) - row(p)); }
+};
+
+// Items for a thread to be worth waking, when one item is `work` multiply-adds.
+PYKD_INLINE int64_t grain(int64_t work) { return 1 + (1 << 15) / (work + 1); }
+
+// --- many rows: a slab of decoded weights ---------------------------------------------------------------------------
+
+constexpr int64_t kSlab = 256;   // k at a time: 16 outputs x 256 k floats are half of a 32 KB first-level cache
+constexpr int kSlabVectors = 2;  // outputs of a slab, in vectors
+constexpr int kSlabOutputs = kSlabVectors * kWidth;
+
+// total[m][kSlabOutputs] += panel[k][m] * slab[k]
+template <int MR>
+void multiply_slab(const float* slab, const float* panel, int64_t count, float* total) {
+  F32 sum[kSlabVectors][MR];
+  for (int m = 0; m < MR; ++m)
+    for (int i = 0; i < kSlabVectors; ++i) sum[i][m] = load(total + m * kSlabOutputs + i * kWidth);
+  for (int64_t k = 0; k < count; ++k, slab += kSlabOutputs, panel += MR) {
+    F32 w[kSlabVectors];
+    for (int i = 0; i < kSlabVectors; ++i) w[i] = load(slab + i * kWidth);
+    for (int m = 0; m < MR; ++m) {
+      const F32 value = set1(panel[m]);
+      for (int i = 0; i < kSlabVectors; ++i) sum[i][m] = fma(w[i], value, sum[i][m]);
+    }
+  }
+  for (int m = 0; m < MR; ++m)
+    for (int i = 0; i < kSlabVectors; ++i) store(total + m * kSlabOutputs + i * kWidth, sum[i][m]);
+}
+
+template <int MR = kRows>
+void multiply_slab_rows(int rows, const float* slab, const float* panel, int64_t count, float* total) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return multiply_slab_rows<MR - 1>(rows, slab, panel, count, total);
+  }
+  multiply_slab<MR>(slab, panel, count, total);
+}
+
+// --- the way out ----------------------------------------------------------------------------------------------------
+
+template <class Args>
+float bias_at(const Args& a, int64_t i) {
+  if (!a.bias) return 0.0f;
+  if (a.bias_dtype == kFloat32) return static_cast<const float*>(a.bias)[i];
+  if (a.bias_dtype == kBFloat16) return to_float(static_cast<const BF16*>(a.bias)[i]);
+  return to_float(static_cast<const F16*>(a.bias)[i]);
+}
+
+// total[rows][Outputs] + bias -> y[row ...][first ...]
+template <class T, int Outputs, class Args>
+void write_out(const Args& a, const float* total, int64_t first, int64_t row, int rows) {
+  const int64_t left = a.out_features - first;
+  const int count = static_cast<int>(left < Outputs ? left : Outputs);
+  float bias[Outputs];
+  for (int i = 0; i < count; ++i) bias[i] = bias_at(a, first + i);
+  for (int m = 0; m < rows; ++m, total += Outputs) {
+    T* y = static_cast<T*>(a.y) + (row + m) * a.out_features + first;
+    int i = 0;
+    for (; i + kWidth <= count; i += kWidth) store(y + i, add(load(total + i), load(bias + i)));
+    if (i < count)
+      store_n(y + i, add(load_n(total + i, count - i, 0.0f), load_n(bias + i, count - i, 0.0f)), count - i);
+  }
+}
+
+}  // namespace pykd::PYKD_LEVEL

@@ -58,6 +58,21 @@ def num_threads() -> int:
     return torch.get_num_threads()
 
 
+def skips_dispatcher(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a call may go past torch's dispatcher, which costs microseconds.
+
+    True for a plain CPU tensor that is not traced or transformed, where no gradient is wanted.
+    """
+    return (
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 @functools.cache
 def cuda_library() -> ctypes.CDLL | None:
     """The CUDA kernels, loaded at the first use; None when they were not built or no NVIDIA GPU can be used."""

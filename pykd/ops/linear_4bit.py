@@ -22,6 +22,7 @@ from pykd.ops.dispatch import (
     lib,
     native,
     num_threads,
+    skips_dispatcher,
     triton_available,
 )
 from pykd.ops.int4_r16 import CODES, codebook, dequantize, groups_of, packed_bytes, unpack_r16
@@ -97,21 +98,10 @@ def linear_4bit(
     """
     out = qweight.shape[0] if out_features is None else out_features
     _check(x, qweight, scales, zeros, bias, code, out, group_size)
-    if _eager(x) and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+    if skips_dispatcher(x, bias):
         return _cpu(x, qweight, scales, zeros, bias, code, out, group_size)
     result: Tensor = torch.ops.pykd.linear_4bit(x, qweight, scales, zeros, bias, code, out, group_size)
     return result
-
-
-def _eager(x: Tensor) -> bool:
-    """Whether a call may skip torch's dispatcher (microseconds): a plain CPU tensor, not traced or transformed."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def _check(

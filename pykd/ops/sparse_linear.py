@@ -23,6 +23,7 @@ from .dispatch import (
     lib,
     native,
     num_threads,
+    skips_dispatcher,
     triton_available,
 )
 
@@ -66,21 +67,10 @@ def sparse_linear(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -
     if torch.is_grad_enabled() and packed.values.requires_grad:
         _check(x, packed.values, packed.bitmask, packed.in_features, bias)
         return F.linear(x, bitmask_expand(packed).to(x.dtype), None if bias is None else bias.to(x.dtype))
-    if _eager(x) and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+    if skips_dispatcher(x, bias):
         return _sparse_linear_cpu(x, packed.values, packed.bitmask, packed.in_features, bias)
     result: Tensor = torch.ops.pykd.sparse_linear(x, packed.values, packed.bitmask, packed.in_features, bias)
     return result
-
-
-def _eager(x: Tensor) -> bool:
-    """Whether a call may skip torch's dispatcher (microseconds): a plain CPU tensor, not traced or transformed."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def _check(x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None) -> None:

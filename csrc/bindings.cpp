@@ -198,5 +198,17 @@ PYBIND11_MODULE(_C, m) {
       },
       py::call_guard<py::gil_scoped_release>(),
       "y = x W^T + bias for a weight in layout int4_r16: see Linear4bitArgs.");
+  m.attr("linear_8bit_rows") = pykd::kLinear8bitRows;
+  m.attr("linear_8bit_features") = pykd::kLinear8bitFeatures;
+  m.def(
+      "linear_8bit",
+      [](uintptr_t x, int64_t x_stride, uintptr_t packed, uintptr_t bias, uintptr_t y, uintptr_t scratch, int64_t rows,
+         int64_t in_features, int64_t out_features, bool rounds, int dtype, int bias_dtype, int threads) {
+        pykd::table().linear_8bit({address<void>(x), x_stride, address<uint8_t>(packed), address<void>(bias),
+                                   address<void>(y), address<float>(scratch), rows, in_features, out_features, rounds,
+                                   dtype, bias_dtype, threads});
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "y = x W^T + bias for a weight in layout int8_r16: see Linear8bitArgs.");
   pykd::isa();  // an impossible PYKD_ISA is an error at import, not at the first call
 }

@@ -78,6 +78,27 @@ struct Linear4bitArgs {
   int threads;
 };
 
+// Rows of activations that are packed at a time by linear_8bit.
+constexpr int64_t kLinear8bitRows = 384;
+
+// Up to so many inputs a sum of products of int8 codes fits in 32 bits: 127 * 128 * 131072 < 2^31.
+constexpr int64_t kLinear8bitFeatures = 131072;
+
+// Linear layer over a packed int8 weight: see csrc/cpu/linear_8bit.cpp.
+struct Linear8bitArgs {
+  const void* x;          // [rows, in_features] of dtype; the last dimension is contiguous
+  int64_t x_stride;       // elements from one row of x to the next
+  const uint8_t* packed;  // layout int8_r16
+  const void* bias;       // [out_features] of bias_dtype, or null
+  void* y;                // [rows, out_features] of dtype, contiguous
+  float* scratch;         // with n = min(rows, kLinear8bitRows), k = in_features rounded up to a multiple of 4: float32
+                          // [n, 1 + k / 4] where activations are rounded, else [n, k]
+  int64_t rows, in_features, out_features;  // in_features at most kLinear8bitFeatures
+  int rounds;             // 1: activations are rounded to int8 with a scale per row (w8a8); 0: they are kept (w8a16)
+  int dtype, bias_dtype;  // DType
+  int threads;
+};
+
 // y = x W^T + bias for 1 to 4 rows, W read as bitmask + values and expanded on the way: see csrc/cpu/sparse_linear.cpp.
 struct SparseLinearArgs {
   const float* x;          // fp32 [rows, x_stride]; columns from in_features up to a multiple of 16 are 0
@@ -120,6 +141,7 @@ struct BitmaskArgs {
   X(kl_div, KlDivArgs)               \
   X(kl_div_topk, KlDivTopkArgs)      \
   X(linear_4bit, Linear4bitArgs)     \
+  X(linear_8bit, Linear8bitArgs)     \
   X(sparse_linear, SparseLinearArgs) \
   X(sparse_panels, SparsePanelsArgs) \
   X(bitmask_expand, BitmaskArgs)     \

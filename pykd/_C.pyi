@@ -123,3 +123,22 @@ def linear_4bit(
     bias_dtype: int,
     threads: int,
 ) -> None: ...
+
+linear_8bit_rows: int
+linear_8bit_features: int
+
+def linear_8bit(
+    x: int,
+    x_stride: int,
+    packed: int,
+    bias: int,
+    y: int,
+    scratch: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    rounds: bool,
+    dtype: int,
+    bias_dtype: int,
+    threads: int,
+) -> None: ...

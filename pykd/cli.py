@@ -117,7 +117,7 @@ def prune(
 def quantize(
     model: ModelDir,
     output: OutputDir,
-    scheme: Annotated[str, typer.Option(help="w4a16, nf4 or w8a8")] = "w4a16",
+    scheme: Annotated[str, typer.Option(help="w4a16, nf4, fp4, w8a8 or w8a16")] = "w4a16",
     group_size: Annotated[int, typer.Option(help="weights that share a scale: 32, 64 or 128")] = 64,
     include: Include = None,
     exclude: Exclude = None,

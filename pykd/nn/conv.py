@@ -184,7 +184,7 @@ class Conv2d4bit(CompressedConv2d, Weight4bit):
 
 
 class Conv2d8bit(CompressedConv2d, Weight8bit):
-    """`nn.Conv2d` with an int8 weight; a 1x1 one rounds the channels of every pixel to int8, others only the weight.
+    """`nn.Conv2d` with an int8 weight; with "w8a8" a 1x1 one rounds the channels of every pixel to int8.
 
     >>> Conv2d8bit.from_conv2d(nn.Conv2d(8, 16, 3))(torch.zeros(1, 8, 5, 5)).shape
     torch.Size([1, 16, 3, 3])
@@ -192,13 +192,13 @@ class Conv2d8bit(CompressedConv2d, Weight8bit):
 
     def __init__(self, fields: dict[str, Any]) -> None:
         """From a description: every field of `spec()` but the type; `from_conv2d` is the usual way."""
-        super().__init__(fields["out_channels"], _columns(fields))
+        super().__init__(fields["out_channels"], _columns(fields), fields["scheme"])
         self._describe(fields)
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d) -> Self:
+    def from_conv2d(cls, conv: nn.Conv2d, *, scheme: str = "w8a8") -> Self:
         """Quantize a convolution by rounding each output channel to its largest magnitude / 127."""
-        layer = cls({name: getattr(conv, name) for name in _FIELDS})
+        layer = cls({**{name: getattr(conv, name) for name in _FIELDS}, "scheme": scheme})
         layer._quantize(conv.weight.detach().flatten(1))
         layer.bias = cast("nn.Parameter | None", conv.bias)
         layer.train(conv.training)

@@ -1,4 +1,4 @@
-"""Linear layers with int8 weights and activations rounded to int8 in each call; what convolutions share with them."""
+"""Linear layers with int8 weights, activations rounded in each call or kept; what convolutions share with them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pykd.errors import nearest
 from pykd.nn.codecs.eight_bit import EightBit, dequantize_8bit, quantize_8bit
 from pykd.nn.compressed import CompressedModule
 from pykd.ops.bitmask import pack_bits, unpack_bits
-from pykd.ops.linear_8bit import linear_8bit
+from pykd.ops.dispatch import native
+from pykd.ops.int8_r16 import pack_r16, unpack_r16
+from pykd.ops.linear_8bit import MOST_FEATURES, SCHEMES_8BIT, linear_8bit
 
 
 class Weight8bit(CompressedModule):
-    """A weight matrix [rows, columns] in int8 with a float32 scale per row.
+    """A weight matrix [rows, columns] in int8 with a float32 scale per row; `int8_r16` in the memory of a CPU.
+
+    scheme: "w8a8" (activations are rounded to int8, with a scale per row of them) or "w8a16" (they are kept).
 
     Files hold `qweight` int8 [rows, columns] and `scales` [rows]; or, where enough codes are zero that it is smaller,
     `bitmask` uint8 [rows, ceil(columns / 8)] and `qvalues` int8 [nnz] instead of `qweight`.
@@ -27,9 +32,11 @@ class Weight8bit(CompressedModule):
     scales: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, scheme: str) -> None:
+        if scheme not in SCHEMES_8BIT:
+            raise ValueError(nearest("8-bit scheme", scheme, SCHEMES_8BIT))
         super().__init__(torch.float32)
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.scheme = rows, columns, scheme
         self.nnz: int | None = None
 
     def _quantize(self, weight: Tensor) -> None:
@@ -57,16 +64,23 @@ class Weight8bit(CompressedModule):
         self._register({"bitmask": bitmask, "qvalues": qvalues, "scales": scales})
 
     def _spec(self) -> dict[str, Any]:
-        return {"scheme": "w8a8", "nnz": self.nnz, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {"scheme": self.scheme, "nnz": self.nnz, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def _matrix(self) -> Tensor:
         return dequantize_8bit(self._tensors()).to(self.dtype)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_8bit(x, *self._tensors(), bias=bias)
+        """x W^T + bias from whatever layout is resident."""
+        packed = self._buffers.get("packed")
+        if packed is not None:
+            return linear_8bit(x, packed, bias=bias, scheme=self.scheme, out_features=self.rows)
+        return linear_8bit(x, *self._tensors(), bias=bias, scheme=self.scheme)
 
     def _tensors(self) -> EightBit:
         """The dense codes and scales, made from whatever is registered."""
+        packed = self._buffers.get("packed")
+        if packed is not None:
+            return EightBit(*unpack_r16(packed, out_features=self.rows, in_features=self.columns))
         if "qweight" in self._buffers:
             return EightBit(self.qweight, self.scales)
         mask = unpack_bits(self.bitmask, self.columns)
@@ -83,12 +97,17 @@ class Weight8bit(CompressedModule):
         mask = tensors.qweight != 0
         return {"bitmask": pack_bits(mask), "qvalues": tensors.qweight[mask], "scales": tensors.scales}
 
+    # The hooks of CompressedModule: int8_r16 where the native kernel runs, else dense codes.
+
     def _has_layout(self) -> bool:
-        return "qweight" in self._non_persistent_buffers_set
+        return "packed" in self._buffers or "qweight" in self._non_persistent_buffers_set
 
     def _pack(self) -> None:
-        if self.nnz is not None and not self._has_layout():
-            self._register(self._tensors()._asdict(), persistent=False)
+        runs_natively = native is not None and self.device.type == "cpu" and self.columns <= MOST_FEATURES
+        if self._has_layout() or not (runs_natively or self.nnz is not None):
+            return
+        tensors = self._tensors()
+        self._register({"packed": pack_r16(*tensors)} if runs_natively else tensors._asdict(), persistent=False)
 
     def _unpack(self) -> None:
         if self._has_layout():
@@ -99,7 +118,7 @@ class Weight8bit(CompressedModule):
 
 
 class Linear8bit(Weight8bit):
-    """`nn.Linear` with an int8 weight; activations are rounded to int8 per row in each call (dynamic W8A8).
+    """`nn.Linear` with an int8 weight: see `pykd.linear_8bit` for the arithmetic of the two schemes.
 
     The weight is frozen; gradients flow to the input (straight through its rounding) and the bias.
 
@@ -107,15 +126,18 @@ class Linear8bit(Weight8bit):
     torch.Size([2, 16])
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(out_features, in_features)
+    def __init__(self, in_features: int, out_features: int, scheme: str = "w8a8") -> None:
+        super().__init__(out_features, in_features, scheme)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> Self:
-        """Quantize a linear layer by rounding each row to its largest magnitude / 127; the bias is shared."""
-        layer = cls(linear.in_features, linear.out_features)
+    def from_linear(cls, linear: nn.Linear, *, scheme: str = "w8a8") -> Self:
+        """Quantize a linear layer by rounding each row to its largest magnitude / 127; the bias is shared.
+
+        scheme: "w8a8" rounds activations to int8 in each call (dynamic, per row), "w8a16" keeps them.
+        """
+        layer = cls(linear.in_features, linear.out_features, scheme)
         layer._quantize(linear.weight)
         layer.bias = linear.bias
         layer.train(linear.training)
@@ -128,7 +150,7 @@ class Linear8bit(Weight8bit):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
-        layer = cls(spec["in_features"], spec["out_features"])
+        layer = cls(spec["in_features"], spec["out_features"], spec["scheme"])
         layer._register_empty(spec, device)
         if spec["bias"]:
             layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))
@@ -152,4 +174,5 @@ class Linear8bit(Weight8bit):
 
     def extra_repr(self) -> str:
         kept = "" if self.nnz is None else f", kept={self.nnz / (self.rows * self.columns):.3f}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{kept}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, scheme={self.scheme}{kept}"

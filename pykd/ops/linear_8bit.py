@@ -1,4 +1,4 @@
-"""The 8-bit linear layer: int8 weights per output, int8 activations per row, rounded inside the call (w8a8)."""
+"""The 8-bit linear layer: int8 weights per output, activations rounded inside the call (w8a8) or kept (w8a16)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykd.ops.dispatch import TABLE, Route, lib, native
+from pykd.errors import nearest
+from pykd.ops.dispatch import DTYPE_CODES, TABLE, Route, lib, native, num_threads, skips_dispatcher
+from pykd.ops.int8_r16 import packed_bytes, unpack_r16
 
 TABLE.extend(
     [
-        Route("linear_8bit", "cpu", "AVX-512 VNNI", "torch._int_mm"),
-        Route("linear_8bit", "cuda", "always", "torch._int_mm, rows and sizes padded as it needs"),
-        Route("linear_8bit", "other", "always", "reference: the same integers, multiplied as float32"),
+        Route("linear_8bit", "cpu", "int8_r16 layout; float32, bfloat16, float16", "native kernel, any number of rows"),
+        Route("linear_8bit", "cpu", "canonical layout, float64, or no native module", "reference"),
+        Route("linear_8bit", "cuda", "w8a8", "torch._int_mm, rows and sizes padded as it needs"),
+        Route("linear_8bit", "cuda", "w8a16", "reference"),
+        Route("linear_8bit", "other", "always", "reference"),
     ]
 )
 
-lib.define("linear_8bit(Tensor x, Tensor qweight, Tensor scales, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
+#: Scheme -> whether activations are rounded to int8, a scale per row.
+SCHEMES_8BIT: dict[str, bool] = {"w8a8": True, "w8a16": False}
 
-#: Without VNNI torch._int_mm is a plain loop on the CPU, many times slower than a float32 product.
-_VNNI = native is not None and "avx512" in native.isa_levels()
+#: The native kernel takes so many inputs: beyond, sums of products of codes need not fit in 32 bits.
+MOST_FEATURES: int = native.linear_8bit_features if native is not None else 0
+
+lib.define(  # type: ignore[no-untyped-call]
+    "linear_8bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? bias, str scheme, int out_features) -> Tensor"
+)
+lib.define(  # type: ignore[no-untyped-call]
+    "dequantize_8bit(Tensor qweight, Tensor? scales, int out_features, int in_features) -> Tensor"
+)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,38 +48,85 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / safe).nan_to_num().round().clamp(-127, 127).to(torch.int8), scales
 
 
-def linear_8bit_reference(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """(x_q W_q^T) * x_scale * scale + bias over the rows of x, the integers multiplied as float32."""
-    codes, row_scales = quantize_rows(x)
-    return _finish(F.linear(codes.float(), qweight.float()), row_scales, scales, bias, x.dtype)
+def linear_8bit_reference(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
+    """(x_q W_q^T) * x_scale * scale + bias over the rows of x, the integers multiplied as float32.
+
+    w8a16: x (W_q * scale)^T + bias in float32 (float64 for float64 x); the result in x's dtype.
+    """
+    if SCHEMES_8BIT[scheme]:
+        codes, row_scales = quantize_rows(x)
+        return _finish(F.linear(codes.float(), qweight.float()), row_scales, scales, bias, x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = dequantize_8bit(qweight, scales, *qweight.shape).to(wide)
+    return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
 
 
-def linear_8bit(x: Tensor, qweight: Tensor, scales: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias with W = qweight * scale, x rounded to int8 with one scale per row (dynamic W8A8).
+def linear_8bit(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scheme: str = "w8a8",
+    out_features: int | None = None,
+) -> Tensor:
+    """y = x W^T + bias with W = q * scale, int8 q and a scale per output (W8A8: dynamic, per token; or W8A16).
 
-    y = (sum_k q_x q_w) * (absmax(x) / 127) * scale + bias: the integer sum is exact up to what float32 holds.
+    w8a8: y = (sum_k x_q q) * x_scale * scale + bias, with x_scale = absmax / 127 of the row of x and x_q = x / x_scale,
+    to the nearest integer, ties to even. The native kernel's sums are exact; the reference's to what float32 holds.
+    w8a16: y = (sum_k x q) * scale + bias in float32; nothing is rounded to a smaller type on the way.
 
     Args:
-        x: activations [..., in_features], floating point. Any strides.
-        qweight: int8 [out_features, in_features]; `scales` float32 [out_features]; `bias` [out_features] or None.
+        x: activations [..., in_features]; float32, bfloat16, float16 (float64 runs the reference). Any strides.
+        qweight: int8 [out_features, in_features], with `scales`; or, without `scales`, the CPU layout that
+            `pykd.ops.int8_r16.pack_r16` makes, which already holds them, for in_features up to 131,072.
+        scales: float32 [out_features].
+        bias: [out_features], floating point.
+        scheme: "w8a8" or "w8a16".
+        out_features: needed with the CPU layout only.
 
-    Returns [..., out_features] in x's dtype. The gradient to x is the one of the dequantized weight (straight through
-    the rounding of x). Raises ValueError when shapes or dtypes do not fit.
+    Returns [..., out_features] in x's dtype; for w8a8, NaN for a row of x that holds NaN or infinity. Differentiable in
+    x and bias: the gradient to x is the one of the dequantized weight (straight through the rounding of x). Raises
+    ValueError for an unknown scheme and for shapes or dtypes that do not fit.
 
     >>> from pykd.nn.codecs.eight_bit import quantize_8bit
     >>> linear_8bit(torch.ones(1, 2), *quantize_8bit(torch.eye(2)))
     tensor([[1., 1.]])
     """
+    out = qweight.shape[0] if out_features is None else out_features
+    _check(x, qweight, scales, bias, scheme, out)
+    if skips_dispatcher(x, bias):
+        return _cpu(x, qweight, scales, bias, scheme, out)
+    result: Tensor = torch.ops.pykd.linear_8bit(x, qweight, scales, bias, scheme, out)
+    return result
+
+
+def _check(x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out: int) -> None:
+    if scheme not in SCHEMES_8BIT:
+        raise ValueError(nearest("8-bit scheme", scheme, SCHEMES_8BIT))
     if x.dim() < 1 or x.shape[-1] < 1 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [..., in_features >= 1], got {x.dtype} {list(x.shape)}")
-    if qweight.dtype != torch.int8 or qweight.dim() != 2 or qweight.shape[1] != x.shape[-1]:
+    features = x.shape[-1]
+    if qweight.device != x.device:
+        raise ValueError(f"x is on {x.device} and qweight on {qweight.device}: move them to one device")
+    if scales is None:
+        size = packed_bytes(out, features)
+        if qweight.shape != (size,) or qweight.dtype != torch.uint8:
+            raise ValueError(
+                f"a weight in the CPU layout for {out} x {features} is uint8 [{size}], got {qweight.dtype} "
+                f"{list(qweight.shape)}: pass the sizes that it was packed with, or scales with a canonical weight"
+            )
+        if features > MOST_FEATURES > 0:
+            raise ValueError(
+                f"the CPU layout is for at most {MOST_FEATURES} inputs, whose sums fit in 32 bits, got {features}: "
+                f"pass the canonical qweight and scales"
+            )
+    elif qweight.dtype != torch.int8 or qweight.shape != (out, features):
         raise ValueError(
-            f"qweight must be int8 [out_features, {x.shape[-1]}] to fit x, got {qweight.dtype} {list(qweight.shape)}"
+            f"qweight must be int8 [out_features, {features}] to fit x, got {qweight.dtype} {list(qweight.shape)}"
         )
-    if scales.shape != qweight.shape[:1] or (bias is not None and bias.shape != qweight.shape[:1]):
-        raise ValueError(f"scales and bias must have shape [{qweight.shape[0]}], one per output")
-    result: Tensor = torch.ops.pykd.linear_8bit(x, qweight, scales, bias)
-    return result
+    if (scales is not None and scales.shape != (out,)) or (bias is not None and bias.shape != (out,)):
+        raise ValueError(f"scales and bias must have shape [{out}], one per output")
 
 
 def _finish(sums: Tensor, row_scales: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -75,47 +134,106 @@ def _finish(sums: Tensor, row_scales: Tensor, scales: Tensor, bias: Tensor | Non
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
+@torch.library.impl(lib, "linear_8bit", "CompositeExplicitAutograd")
+def _reference(
+    x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out_features: int
+) -> Tensor:
+    if scales is None:
+        qweight, scales = unpack_r16(qweight, out_features=out_features, in_features=x.shape[-1])
+    y = linear_8bit_reference(x.reshape(-1, x.shape[-1]), qweight, scales, bias, scheme)
+    return y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.impl(lib, "linear_8bit", "CPU")
+def _cpu(
+    x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out_features: int
+) -> Tensor:
+    if native is None or scales is not None or x.dtype not in DTYPE_CODES:
+        return _reference(x, qweight, scales, bias, scheme, out_features)
+    features = x.shape[-1]
+    flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, features).contiguous()
+    packed, rows, rounds = qweight.contiguous(), flat.shape[0], SCHEMES_8BIT[scheme]
+    y = torch.empty(rows, out_features, dtype=x.dtype)
+    if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    quads = -(-features // 4)
+    scratch = torch.empty(min(rows, native.linear_8bit_rows) * (1 + quads if rounds else 4 * quads))
+    native.linear_8bit(
+        flat.data_ptr(),
+        flat.stride(0),
+        packed.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        scratch.data_ptr(),
+        rows,
+        features,
+        out_features,
+        rounds,
+        DTYPE_CODES[x.dtype],
+        0 if bias is None else DTYPE_CODES[bias.dtype],
+        num_threads(),
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.impl(lib, "linear_8bit", "CUDA")
+def _cuda(
+    x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out_features: int
+) -> Tensor:
+    if scales is None or not SCHEMES_8BIT[scheme]:
+        return _reference(x, qweight, scales, bias, scheme, out_features)
+    codes, row_scales = quantize_rows(x.reshape(-1, x.shape[-1]))
+    y = _finish(_int_mm(codes, qweight), row_scales, scales, bias, x.dtype)
+    return y.view(*x.shape[:-1], out_features)
+
+
 def _int_mm(codes: Tensor, qweight: Tensor) -> Tensor:
     """int32 [rows, out]. CUDA needs more than 16 rows and sizes that are multiples of 8."""
     rows, out = codes.shape[0], qweight.shape[0]
-    if codes.is_cuda:
-        fill = -codes.shape[1] % 8
-        codes = F.pad(codes, (0, fill, 0, max(0, 17 - rows)))
-        qweight = F.pad(qweight, (0, fill, 0, -out % 8))
+    fill = -codes.shape[1] % 8
+    codes = F.pad(codes, (0, fill, 0, max(0, 17 - rows)))
+    qweight = F.pad(qweight, (0, fill, 0, -out % 8))
     result: Tensor = torch._int_mm(codes, qweight.t())
     return result[:rows, :out]
 
 
-@torch.library.impl(lib, "linear_8bit", "CompositeExplicitAutograd")
-def _linear_8bit(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    if x.is_cuda or (x.is_cpu and _VNNI):
-        codes, row_scales = quantize_rows(flat)
-        y = _finish(_int_mm(codes, qweight), row_scales, scales, bias, x.dtype)
-    else:
-        y = linear_8bit_reference(flat, qweight, scales, bias)
-    return y.view(*x.shape[:-1], qweight.shape[0])
-
-
 @torch.library.register_fake("pykd::linear_8bit", lib=lib)  # type: ignore[untyped-decorator]
-def _fake(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+def _fake(
+    x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.impl(lib, "dequantize_8bit", "CompositeExplicitAutograd")
+def dequantize_8bit(qweight: Tensor, scales: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    """The dense float32 weight of codes and scales, or (`scales` None) of the CPU layout; also `torch.ops.pykd.*`."""
+    if scales is None:
+        qweight, scales = unpack_r16(qweight, out_features=out_features, in_features=in_features)
+    return qweight.float() * scales.unsqueeze(1)
+
+
+@torch.library.register_fake("pykd::dequantize_8bit", lib=lib)  # type: ignore[untyped-decorator]
+def _fake_dequantize(qweight: Tensor, scales: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    return qweight.new_empty((out_features, in_features), dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, qweight, scales, bias = inputs
+    x, qweight, scales, bias, _, out_features = inputs
     ctx.save_for_backward(qweight, scales)
+    ctx.sizes = out_features, x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    qweight, scales = ctx.saved_tensors
+    """dx = dy W with the dequantized weight; db = sum of dy over rows. The weight is frozen."""
     dx = db = None
     if ctx.needs_input_grad[0]:
-        dx = torch.matmul(grad.float() * scales, qweight.float()).to(grad.dtype)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        weight = torch.ops.pykd.dequantize_8bit(*ctx.saved_tensors, *ctx.sizes)
+        dx = torch.matmul(grad.to(wide), weight.to(wide)).to(grad.dtype)
     if ctx.needs_input_grad[3]:
-        db = grad.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return dx, None, None, db
+        db = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return dx, None, None, db, None, None
 
 
 torch.library.register_autograd("pykd::linear_8bit", _backward, setup_context=_setup_context, lib=lib)

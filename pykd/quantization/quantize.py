@@ -45,11 +45,11 @@ def quantize(
     """Quantize the Linear and Conv2d layers of ``model`` in place; returns it.
 
     Args:
-        scheme: "w4a16", "nf4", "fp4" (weights in 4 bits) or "w8a8" (weights and, at each call, activations in 8 bits),
-            or a function of (dense layer, group size) that returns the packed layer.
+        scheme: "w4a16", "nf4", "fp4" (weights in 4 bits), "w8a8" (weights and, at each call, activations in 8 bits),
+            "w8a16" (weights in 8 bits) or a function of (dense layer, group size) that returns the packed layer.
         method: how 4-bit codes are chosen. "rtn": round to nearest. "gptq" (Frantar et al. 2022): by the error of the
             layer's outputs on ``data``. Or a function like these, (weight, inputs, *, code, group_size) -> FourBit,
-            which gets statistics of the inputs when there is ``data`` and None when not. Only "rtn" goes with "w8a8".
+            which gets statistics of the inputs when there is ``data`` and None when not. Only "rtn" goes with 8 bits.
         group_size: inputs that share a scale in the 4-bit schemes.
         symmetric: False stores an integer zero point per group; scheme "w4a16" only.
         data: examples for the methods that look at inputs, not read by "rtn": a DataBundle (its training split), or
@@ -109,7 +109,7 @@ def _name(choice: Any) -> str:
 def _packer(scheme: str | Scheme, choose: Choose, group_size: int, symmetric: bool) -> Pack:
     """One function from a dense layer to a packed one."""
     if not isinstance(scheme, str) or scheme not in SCHEMES_4BIT:
-        make = eight_bit if isinstance(scheme, str) else scheme
+        make = eight_bit(scheme) if isinstance(scheme, str) else scheme
         return lambda layer, inputs: make(layer, group_size)
     code = SCHEMES_4BIT[scheme] if symmetric else "uint4"
 

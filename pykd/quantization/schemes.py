@@ -19,6 +19,7 @@ SCHEMES: dict[str, str] = {
     "nf4": "4 bits, a table",
     "fp4": "4 bits, floating point",
     "w8a8": "8 bits, whole numbers",
+    "w8a16": "8 bits, whole numbers",
 }
 
 
@@ -30,9 +31,16 @@ def four_bit(layer: nn.Module, tensors: FourBit, *, scheme: str, group_size: int
     return Linear4bit.from_codes(layer, tensors, scheme=scheme, group_size=group_size, symmetric=symmetric)
 
 
-def eight_bit(layer: nn.Module, group_size: int) -> CompressedModule:
-    """Weights in 8 bits with a scale per output, activations rounded to 8 bits at each call (dynamic, per row)."""
-    if isinstance(layer, nn.Conv2d):
-        return Conv2d8bit.from_conv2d(layer)
-    assert isinstance(layer, nn.Linear)
-    return Linear8bit.from_linear(layer)
+def eight_bit(scheme: str) -> Scheme:
+    """Weights in 8 bits with a scale per output.
+
+    scheme: "w8a8" (activations are rounded to 8 bits at each call, with a scale per row) or "w8a16" (they are kept).
+    """
+
+    def pack(layer: nn.Module, group_size: int) -> CompressedModule:
+        if isinstance(layer, nn.Conv2d):
+            return Conv2d8bit.from_conv2d(layer, scheme=scheme)
+        assert isinstance(layer, nn.Linear)
+        return Linear8bit.from_linear(layer, scheme=scheme)
+
+    return pack

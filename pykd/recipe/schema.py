@@ -104,7 +104,7 @@ class Quantize(Section):
     """Store weights in 4 or 8 bits."""
 
     scheme: str = "w4a16"
-    group_size: int = Field(64, description="weights that share one scale; ignored by w8a8")
+    group_size: int = Field(64, description="weights that share one scale; ignored by w8a8 and w8a16")
     include: list[str] | None = None
     exclude: list[str] | None = None
 

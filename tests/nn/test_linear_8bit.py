@@ -10,30 +10,35 @@ import torch
 from torch import nn
 
 from pykd.nn import COMPRESSED, Linear8bit
+from pykd.ops.linear_8bit import SCHEMES_8BIT, linear_8bit
 
 
-def layer(zeros: float = 0.0, *, bias: bool = True) -> tuple[nn.Linear, Linear8bit]:
+def layer(zeros: float = 0.0, *, bias: bool = True, scheme: str = "w8a8") -> tuple[nn.Linear, Linear8bit]:
     linear = nn.Linear(67, 45, bias=bias)
     with torch.no_grad():
         linear.weight[torch.rand(45, 67) < zeros] = 0
-    return linear, Linear8bit.from_linear(linear)
+    return linear, Linear8bit.from_linear(linear, scheme=scheme)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES_8BIT)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("zeros", [0.0, 0.6])
-def test_is_close_to_the_dense_layer(zeros: float, bias: bool) -> None:
-    linear, compressed = layer(zeros, bias=bias)
+def test_is_close_to_the_dense_layer(zeros: float, bias: bool, scheme: str) -> None:
+    linear, compressed = layer(zeros, bias=bias, scheme=scheme)
     x = torch.randn(3, 5, 67)
-    assert (compressed(x) - linear(x)).abs().max() < 0.03
+    assert (compressed(x) - linear(x)).abs().max() < (0.03 if scheme == "w8a8" else 0.02)
+    if scheme == "w8a16":
+        torch.testing.assert_close(compressed(x), compressed.to_dense()(x))
     assert (compressed.to_dense()(x) - linear(x)).abs().max() < 0.02
     assert (compressed.weight[linear.weight == 0] == 0).all()
     assert compressed.to_linear().weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("scheme", SCHEMES_8BIT)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("zeros", [0.0, 0.6])
-def test_spec_and_state_dict_rebuild_it(zeros: float, device: str) -> None:
-    _, compressed = layer(zeros)
+def test_spec_and_state_dict_rebuild_it(zeros: float, device: str, scheme: str) -> None:
+    _, compressed = layer(zeros, scheme=scheme)
     state = compressed.state_dict()
     assert set(state) == {"scales", "bias"} | ({"bitmask", "qvalues"} if zeros else {"qweight"})
     if zeros:
@@ -45,8 +50,9 @@ def test_spec_and_state_dict_rebuild_it(zeros: float, device: str) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
 
 
-def test_copies_pickles_and_keeps_its_element_types() -> None:
-    _, compressed = layer(0.6)
+@pytest.mark.parametrize("scheme", SCHEMES_8BIT)
+def test_copies_pickles_and_keeps_its_element_types(scheme: str) -> None:
+    _, compressed = layer(0.6, scheme=scheme)
     x = torch.randn(2, 67)
     again = pickle.loads(pickle.dumps(copy.deepcopy(compressed)))
     assert torch.equal(again(x), compressed(x))
@@ -57,13 +63,60 @@ def test_copies_pickles_and_keeps_its_element_types() -> None:
     assert set(dict(moved.named_buffers())) == {"bitmask", "qvalues", "scales"}
 
 
+def test_a_file_of_before_int8_r16_loads() -> None:
+    """What was released: int8 codes and float32 scales under these names, and a spec with these keys."""
+    codes, scales = torch.randint(-127, 128, (45, 67), dtype=torch.int8), torch.rand(45)
+    sizes = {"in_features": 67, "out_features": 45, "bias": False}
+    spec = {"type": "Linear8bit", **sizes, "scheme": "w8a8", "nnz": None, "dtype": "float32"}
+    again = Linear8bit.from_spec(spec)
+    again.load_state_dict({"qweight": codes, "scales": scales})
+    assert again.spec() == spec
+    assert torch.equal(again.dequantize(), codes * scales.unsqueeze(1))
+    x = torch.randn(4, 67)
+    assert torch.allclose(again(x), linear_8bit(x, codes, scales), rtol=1e-6)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.6])
+def test_one_copy_of_the_weight_is_resident(zeros: float) -> None:
+    linear = nn.Linear(768, 96)
+    with torch.no_grad():
+        linear.weight[torch.rand(96, 768) < zeros] = 0
+    compressed = Linear8bit.from_linear(linear)
+    resident = sum(buffer.untyped_storage().nbytes() for buffer in compressed.buffers())
+    assert resident <= 1.05 * (96 * 768 + 4 * 96)
+
+
+def test_threads_may_change_after_packing() -> None:
+    _, compressed = layer()
+    x = torch.randn(9, 67)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(compressed(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_row_longer_than_32_bit_sums_allow_stays_canonical() -> None:
+    compressed = Linear8bit.from_linear(nn.Linear(131_073, 2))
+    assert set(dict(compressed.named_buffers())) == {"qweight", "scales"}
+    assert compressed(torch.randn(1, 131_073)).isfinite().all()
+
+
+def test_unknown_scheme() -> None:
+    with pytest.raises(ValueError, match="unknown 8-bit scheme 'w8a9': did you mean 'w8a8'"):
+        Linear8bit(3, 4, "w8a9")
+
+
 def test_gradient_and_repr() -> None:
     _, compressed = layer()
     x = torch.randn(3, 67, requires_grad=True)
     compressed(x).sum().backward()
     torch.testing.assert_close(x.grad, compressed.weight.sum(0).expand(3, 67), rtol=1e-4, atol=1e-4)
     assert torch.equal(compressed.bias.grad, torch.full((45,), 3.0))
-    assert "in_features=67, out_features=45, bias=True" in repr(compressed)
+    assert "in_features=67, out_features=45, bias=True, scheme=w8a8" in repr(compressed)
     assert "kept=0.4" in repr(layer(0.6)[1]) or "kept=0.3" in repr(layer(0.6)[1])
 
 

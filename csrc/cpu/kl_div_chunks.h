@@ -76,6 +76,16 @@ PYKD_INLINE F32 careful_product(F32 e, F32 from, F32 to, F32* infinite) {
   return select(equal(from, lowest), zero, select(equal(to, lowest), zero, mul(e, sub(from, to))));
 }
 
+// Vectors of classes in lock step, with two or three exponentials each. An exponential holds three registers: six of
+// them at a time do not fit into 16 registers, and three exponentials a class then cost a third more.
+#if defined(PYKD_LEVEL_avx2)
+template <int kLabel>
+constexpr int kVectorsAtATime = kLabel == kOwn ? 1 : 2;
+#else
+template <int kLabel>
+constexpr int kVectorsAtATime = 2;
+#endif
+
 // The logits one chunk ahead (or of the next row), fetched while this chunk's exponentials keep the core busy: else
 // memory would idle then, and the core while the next maximum is searched. A prefetch never faults.
 struct Ahead {
@@ -142,8 +152,9 @@ struct Exponentials {
 
   PYKD_INLINE ChunkSums run(int64_t padded) {
     int64_t at = 0;
-    for (; at + 2 * kWidth <= padded; at += 2 * kWidth) step<2>(at);
-    if (at < padded) step<1>(at);
+    constexpr int kVectors = kVectorsAtATime<kLabel>;
+    for (; at + kVectors * kWidth <= padded; at += kVectors * kWidth) step<kVectors>(at);
+    for (; at < padded; at += kWidth) step<1>(at);
     return {reduce_add(student_sum), reduce_add(teacher_sum), reduce_add(label_sum), reduce_add(cross),
             kCareful && reduce_max(infinite) > 0.0f};
   }

@@ -51,6 +51,7 @@ def kl_div_loss(
     | `reduction="batchmean"` | sum over classes, mean over every position that is not masked (never over classes) |
     | `"sum"`, `"none"` | sum over positions; one value a position, 0 where masked |
     | `num_items` | divisor of `batchmean` instead of the count here: micro-batches then add up to the whole batch |
+    | | (k micro-batches or processes; DDP averages, so divide the whole batch's count by the processes there) |
     | every position masked | 0, and zero gradients |
     | a logit -inf | probability 0; a class that both sides lack contributes 0 |
     | -inf in the student only | `forward` is +inf, with its finite gradient; the others stay finite |

@@ -155,7 +155,7 @@ def _measure(model: nn.Module, name: str, batches: Sequence[Batch], calls: Seque
         if count:
             _feed(model, layer, move(batch, _device(model)), count, accumulator)
     inputs = accumulator.finish()
-    if not bool(inputs.mean_abs.isfinite().all()):
+    if not bool(inputs.hessian.isfinite().all()):
         raise ValueError(
             f"calibration gives layer {name!r} NaN or infinite inputs: look at the data, or run the model in float32"
         )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pykd.nn.codecs.four_bit import FourBit, Scales, dequantize_4bit, nearest_levels, quantize_4bit
+from pykd.nn.codecs.four_bit import FourBit, Scales, nearest_levels, quantize_4bit
 from pykd.ops.int4_r16 import CODEBOOKS
 from pykd.quantization.grid import Grid
 from pykd.quantization.inputs import Inputs
+from pykd.quantization.output_error import better_rows, check_hessian
 
 #: Columns whose errors are carried on at once: one matrix product instead of many vector products.
 BLOCK = 128
@@ -49,7 +49,7 @@ def gptq(
     Raises ValueError for damping or passes out of range, a Hessian of another shape, and as `quantize_4bit` does.
 
     >>> x = torch.randn(64, 16) @ torch.randn(16, 16)
-    >>> inputs = Inputs((x.T @ x / 32)[None], x.abs().mean(0)[None], 64)
+    >>> inputs = Inputs((x.T @ x / 32)[None], 64)
     >>> gptq(torch.randn(4, 16), inputs, code="int4", group_size=8).scales.shape
     torch.Size([4, 2])
     """
@@ -57,11 +57,7 @@ def gptq(
         raise ValueError(f"damping must be above 0 and passes at least 1, got {damping} and {passes}")
     best = quantize_4bit(weight, code=code, group_size=group_size)
     columns, blocks = weight.shape[1], inputs.hessian.shape[0]
-    if inputs.hessian.shape[1:] != (columns, columns) or weight.shape[0] % blocks:
-        raise ValueError(
-            f"a hessian [blocks, {columns}, {columns}] whose blocks divide {weight.shape[0]} outputs fits this weight, "
-            f"got {list(inputs.hessian.shape)}"
-        )
+    check_hessian(weight, inputs.hessian)
     grid = Grid(code, group_size, columns)
     target = weight.detach().float().reshape(blocks, -1, columns)
     hessian = _damped(inputs.hessian, damping)
@@ -71,18 +67,10 @@ def gptq(
     scales = grid.search(target, diagonal[:, None])
     for turn in range(passes):
         levels = _feedback(target, root, order, grid, scales)
-        best = _better_rows(weight, inputs.hessian, grid.pack(levels, scales), best, grid)
+        best = better_rows(weight, inputs.hessian, grid.pack(levels, scales), best, grid)
         if turn < passes - 1:
             scales = _refit(target, hessian, grid, levels, scales)
     return best
-
-
-def output_error(weight: Tensor, tensors: FourBit, hessian: Tensor, *, code: str, group_size: int) -> Tensor:
-    """``e H e^T`` per row, float32 [out_features]: twice the mean squared error of each output of the layer."""
-    dense = dequantize_4bit(tensors, code=code, in_features=weight.shape[1], group_size=group_size)
-    error = (weight.detach().float() - dense).reshape(hessian.shape[0], -1, weight.shape[1])
-    result: Tensor = ((error @ hessian) * error).sum(dim=2).flatten()
-    return result
 
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
@@ -154,15 +142,6 @@ def _refit(target: Tensor, hessian: Tensor, grid: Grid, levels: Tensor, scales: 
         pull.baddbmm_(part * (new - old)[:, :, None], hessian[:, span], alpha=-1)
         scale[:, :, group] = new
     return scale, scales[1]
-
-
-def _better_rows(weight: Tensor, hessian: Tensor, found: FourBit, best: FourBit, grid: Grid) -> FourBit:
-    """Each row from whichever has the smaller output error; `best` where they are equal."""
-    options: Any = {"code": grid.code, "group_size": grid.group_size}
-    error, least = (output_error(weight, tensors, hessian, **options) for tensors in (found, best))
-    wins = (error < least)[:, None]
-    zeros = None if found.zeros is None or best.zeros is None else torch.where(wins, found.zeros, best.zeros)
-    return FourBit(torch.where(wins, found.qweight, best.qweight), torch.where(wins, found.scales, best.scales), zeros)
 
 
 def _arranged(matrix: Tensor, order: Tensor | None) -> Tensor:

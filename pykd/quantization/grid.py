@@ -19,7 +19,7 @@ from pykd.nn.codecs.four_bit import (
     range_scales,
     split_groups,
 )
-from pykd.ops.int4_r16 import groups_of
+from pykd.ops.int4_r16 import groups_of, unpack_nibbles
 
 
 class Grid(NamedTuple):
@@ -52,7 +52,7 @@ class Grid(NamedTuple):
         """
         groups = split_groups(weight, self.group_size)
         weights = None if importance is None else split_groups(importance, self.group_size)
-        scale, zero = best_scales(groups, self._candidates(groups), code=self.code, importance=weights)
+        scale, zero = best_scales(groups, self.candidates(groups), code=self.code, importance=weights)
         return scale.squeeze(-1), None if zero is None else zero.squeeze(-1)
 
     def levels(self, weight: Tensor, scales: Scales) -> Tensor:
@@ -69,7 +69,15 @@ class Grid(NamedTuple):
             levels.flatten(0, -2), scale.flatten(0, -2), zeros, code=self.code, group_size=self.group_size
         )
 
-    def _candidates(self, groups: Tensor) -> Iterator[Scales]:
+    def scales(self, tensors: FourBit, blocks: int = 1) -> Scales:
+        """The scales and zero points of canonical tensors, as [blocks, rows, groups]."""
+        scale = tensors.scales.float().view(blocks, -1, tensors.scales.shape[1])
+        if tensors.zeros is None:
+            return scale, None
+        return scale, unpack_nibbles(tensors.zeros, scale.shape[2]).float().view(scale.shape)
+
+    def candidates(self, groups: Tensor) -> Iterator[Scales]:
+        """The scales (and zero points), float16 in float32, that searches try for [..., groups, size]."""
         if self.code == "int4":
             yield from int4_scales(groups)
         elif self.code == "uint4":

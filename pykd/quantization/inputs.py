@@ -17,13 +17,11 @@ class Inputs(NamedTuple):
     """Statistics of the rows x that a layer multiplied its weight matrix [out_features, in_features] with.
 
     hessian: float32 [blocks, in_features, in_features], 2 / rows * sum of x x^T: the second derivative of an output's
-    mean squared error by the weights that make it (Frantar et al. 2022, GPTQ, eq. 2). blocks: 1, or the groups of a
-    convolution: the outputs fall into that many equal runs, each with inputs of its own. mean_abs: float32 [blocks,
-    in_features], mean of abs(x). rows: how many were seen.
+    mean squared error by the weights that make it (Frantar et al. 2022, GPTQ). blocks: 1, or the groups of a
+    convolution: the outputs fall into that many equal runs, each with inputs of its own. rows: how many were seen.
     """
 
     hessian: Tensor
-    mean_abs: Tensor
     rows: int
 
 
@@ -34,7 +32,7 @@ class Accumulator:
     >>> accumulator.add(torch.tensor([[1.0, -2.0]]))
     >>> accumulator.finish()
     Inputs(hessian=tensor([[[ 2., -4.],
-             [-4.,  8.]]]), mean_abs=tensor([[1., 2.]]), rows=1)
+             [-4.,  8.]]]), rows=1)
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -43,7 +41,6 @@ class Accumulator:
         blocks = layer.groups if isinstance(layer, nn.Conv2d) else 1
         columns = weight[0].numel()
         self.products = torch.zeros(blocks, columns, columns, device=weight.device)
-        self.magnitudes = torch.zeros(blocks, columns, device=weight.device)
 
     @torch.no_grad()
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -51,13 +48,11 @@ class Accumulator:
         pieces = iter([_rows(x, mask)]) if not isinstance(self.layer, nn.Conv2d) else _unfolded(self.layer, x)
         for piece in pieces:  # [blocks, rows, columns]
             self.products.baddbmm_(piece.transpose(1, 2), piece)
-            self.magnitudes += piece.abs().sum(dim=1)
             self.rows += piece.shape[1]
 
     def finish(self) -> Inputs:
-        """The means; the sums are given up."""
-        rows = max(self.rows, 1)
-        return Inputs(self.products.mul_(2 / rows), self.magnitudes.div_(rows), self.rows)
+        """The mean; the sum is given up."""
+        return Inputs(self.products.mul_(2 / max(self.rows, 1)), self.rows)
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

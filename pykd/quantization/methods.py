@@ -8,7 +8,9 @@ from typing import NamedTuple
 from pykd.errors import nearest
 from pykd.nn.codecs.four_bit import FourBit
 from pykd.nn.linear_4bit import SCHEMES_4BIT
+from pykd.quantization.awq import awq
 from pykd.quantization.gptq import gptq
+from pykd.quantization.hqq import hqq
 from pykd.quantization.rtn import rtn
 from pykd.quantization.schemes import SCHEMES
 
@@ -26,7 +28,9 @@ class Method(NamedTuple):
 #: Name -> method.
 METHODS: dict[str, Method] = {
     "rtn": Method(rtn, calibrated=False),
+    "hqq": Method(hqq, calibrated=False),
     "gptq": Method(gptq, calibrated=True),
+    "awq": Method(awq, calibrated=True),
 }
 
 

@@ -47,13 +47,15 @@ def quantize(
     Args:
         scheme: "w4a16", "nf4", "fp4" (weights in 4 bits), "w8a8" (weights and, at each call, activations in 8 bits),
             "w8a16" (weights in 8 bits) or a function of (dense layer, group size) that returns the packed layer.
-        method: how 4-bit codes are chosen. "rtn": round to nearest. "gptq" (Frantar et al. 2022): by the error of the
-            layer's outputs on ``data``. Or a function like these, (weight, inputs, *, code, group_size) -> FourBit,
-            which gets statistics of the inputs when there is ``data`` and None when not. Only "rtn" goes with 8 bits.
+        method: how 4-bit codes are chosen. Without data: "rtn", round to nearest; "hqq" (Badri and Shaji 2023), scales
+            that outliers do not spoil. By the error of the layer's outputs on ``data``: "gptq" (Frantar et al. 2022),
+            codes that make up for each other's errors; "awq" (after Lin et al. 2023), scales only. Or a function like
+            these, (weight, inputs, *, code, group_size) -> FourBit, which gets statistics of the inputs when there is
+            ``data`` and None when not. Only "rtn" goes with 8 bits.
         group_size: inputs that share a scale in the 4-bit schemes.
         symmetric: False stores an integer zero point per group; scheme "w4a16" only.
-        data: examples for the methods that look at inputs, not read by "rtn": a DataBundle (its training split), or
-            an iterable of batches, as dicts of tensors by input name or as tensors. Labels are not used.
+        data: examples for the methods that look at inputs, not read by "rtn" and "hqq": a DataBundle (its training
+            split), or an iterable of batches, as dicts of tensors by input name or as tensors. Labels are not used.
         samples: how many examples; batch_size: how many at once, from a DataBundle; seed: which, from a DataBundle.
         include, exclude: shell patterns of layer names; by default all but embeddings, norms and output heads.
 
@@ -81,7 +83,7 @@ def quantize(
         if data is None:
             raise DataError(
                 f"method {method!r} looks at the inputs of each layer: pass data=, some hundred examples of what the "
-                "model is for; without any, use method='rtn'"
+                "model is for; without any, use method='hqq'"
             )
         batches = calibration_batches(data, samples=samples, batch_size=batch_size, seed=seed)
     require_finite_weights(model, "model")

@@ -58,6 +58,8 @@ def images(size: int = 16) -> list[dict[str, Tensor]]:
     return [{"pixel_values": part} for part in pixels.split(8)]
 
 
+#: Method -> share of the error of plain rounding that it may leave in the logits.
+CLOSER = {"gptq": 0.75, "awq": 0.95}
 MODELS = {"bert": (bert, texts), "vit": (vit, images)}
 
 
@@ -72,7 +74,7 @@ def test_the_output_is_closer_than_by_plain_rounding_and_reloads(name: str, meth
             model = quantize(make(), method=choice, data=data(), group_size=16)
             found = torch.cat([model(**batch).logits for batch in data()])
             error[choice] = float((found - want).norm())
-        assert error[method] < 0.8 * error["rtn"]
+        assert error[method] < CLOSER[method] * error["rtn"]
         save_pretrained(model, tmp_path / "model")
         again = from_pretrained(tmp_path / "model").eval()
         assert torch.equal(torch.cat([again(**batch).logits for batch in data()]), found)
@@ -116,16 +118,17 @@ def test_layers_run_in_order_behind_the_packed_ones() -> None:
     seen: list[Tensor] = []
 
     def watch(weight: Tensor, inputs: Inputs, *, code: str, group_size: int) -> FourBit:
-        seen.append(inputs.mean_abs[0])
+        seen.append(inputs.hessian[0])
         return rtn(weight, code=code, group_size=group_size)
 
     model, x = Backwards(), torch.randn(20, 24)
     quantize(model, method=watch, data=[x], include=["first", "second"], group_size=8)
     assert model.pykd_report[0]["method"] == "watch"
     assert list(model.pykd_report[0]["changed"]) == ["first", "second"]
-    torch.testing.assert_close(seen[0], x.abs().mean(0))
+    torch.testing.assert_close(seen[0], x.T @ x / 10)
     with torch.no_grad():
-        torch.testing.assert_close(seen[1], model.first(x).abs().mean(0))
+        between = model.first(x)
+    torch.testing.assert_close(seen[1], between.T @ between / 10)
 
 
 def test_one_hessian_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

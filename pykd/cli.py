@@ -118,14 +118,23 @@ def quantize(
     model: ModelDir,
     output: OutputDir,
     scheme: Annotated[str, typer.Option(help="w4a16, nf4, fp4, w8a8 or w8a16")] = "w4a16",
+    method: Annotated[str, typer.Option(help="rtn or hqq; gptq or awq, which look at data")] = "rtn",
     group_size: Annotated[int, typer.Option(help="weights that share a scale: 32, 64 or 128")] = 64,
+    symmetric: Annotated[bool, typer.Option(help="w4a16 without zero points")] = True,
+    samples: Annotated[int, typer.Option(min=1, help="training examples to look at")] = 256,
+    recipe: Annotated[
+        Path | None, typer.Option(help="take the data from this recipe, not from the model's own")
+    ] = None,
+    settings: Set = None,
     include: Include = None,
     exclude: Exclude = None,
 ) -> None:
     """Quantize a saved model into a new folder."""
     from pykd.pipeline import quantize_saved
 
-    _table(quantize_saved(model, output, scheme=scheme, group_size=group_size, include=include, exclude=exclude))
+    options: dict[str, Any] = {"scheme": scheme, "group_size": group_size, "symmetric": symmetric, "samples": samples}
+    options |= {"include": include, "exclude": exclude, "recipe": recipe, "overrides": settings or ()}
+    _table(quantize_saved(model, output, method=method, **options))
 
 
 @app.command()

@@ -185,6 +185,22 @@ def test_prune_and_quantize_write_new_folders_that_verify(
     assert "method='heads' or method='neurons'" in wrong and not (tmp_path / "wrong").exists()
 
 
+def test_quantize_by_the_data_that_the_model_was_made_for(
+    capsys: pytest.CaptureFixture[str], saved: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    words = ["quantize", saved, tmp_path / "small", "--method", "gptq", "--group-size", 32, "--samples", 9]
+    success(capsys, *words, "--no-symmetric")
+    record = pykd.from_pretrained(tmp_path / "small").pykd_report[-1]
+    assert record["method"] == "gptq" and record["parameters"]["samples"] == 9 and record["changed"]
+    assert record["parameters"]["symmetric"] is False
+    wrong = failure(capsys, "quantize", saved, tmp_path / "wrong", "--method", "gptq", "--scheme", "w8a8")
+    assert "method 'gptq' chooses 4-bit codes, and scheme 'w8a8' has none" in wrong
+    load_huggingface(None, "image-classification", num_labels=10, config=VIT).save_pretrained(tmp_path / "plain")
+    wrong = failure(capsys, "quantize", tmp_path / "plain", tmp_path / "wrong", "--method", "awq")
+    assert "plain does not say which data it was made for: name it by --recipe FILE" in wrong
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_plain_hugging_face_folder_goes_in(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     load_huggingface(None, "image-classification", num_labels=10, config=VIT).save_pretrained(tmp_path / "plain")
     assert "no manifest: not saved by pykd" in success(capsys, "verify", tmp_path / "plain")

@@ -46,7 +46,7 @@ TINY: dict[str, Any] = {
         {"distill": TRAIN},
         {"prune": {"sparsity": 0.5}},
         {"recover": TRAIN},
-        {"quantize": {"scheme": "w4a16", "group_size": 32}},
+        {"quantize": {"scheme": "w4a16", "method": "gptq", "samples": 20, "group_size": 32}},
     ],
     "evaluate": {"latency_rounds": 3, "speed_rounds": 2},
 }
@@ -114,6 +114,11 @@ def test_a_run_measures_every_stage_and_reloads_in_a_new_process(finished: Run) 
     for report in finished.reports[1:]:
         assert "teacher" in report.speedup_over
     assert finished.then is None
+
+
+def test_the_quantize_stage_reads_the_training_data(finished: Run) -> None:
+    record = from_pretrained(finished.directory / "model").pykd_report[-1]
+    assert record["method"] == "gptq" and record["parameters"]["samples"] == 20 and len(record["changed"]) >= 6
 
 
 def test_a_run_leaves_reports_models_and_a_log(finished: Run) -> None:

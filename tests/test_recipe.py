@@ -102,6 +102,22 @@ def test_the_hash_is_of_what_is_computed() -> None:
             r"stages\[2\]\.quantize\.scheme: unknown scheme 'w4a61': did you mean 'w4a16'",
         ),
         (
+            "stages/2/quantize/method",
+            "gtpq",
+            r"stages\[2\]\.quantize\.method: unknown method 'gtpq': did you mean 'gptq'",
+        ),
+        ("stages/2/quantize/samples", 0, r"stages\[2\]\.quantize\.samples: input should be greater than or equal to 1"),
+        (
+            "stages/2/quantize",
+            {"scheme": "w8a8", "method": "gptq"},
+            r"stages\[2\]\.quantize: method 'gptq' chooses 4-bit codes, and scheme 'w8a8' has none: use method='rtn'",
+        ),
+        (
+            "stages/2/quantize",
+            {"scheme": "nf4", "symmetric": False},
+            r"stages\[2\]\.quantize: symmetric=False stores zero points of scheme 'w4a16', got scheme 'nf4'",
+        ),
+        (
             "stages/1/prune/method",
             "chanels",
             r"stages\[1\]\.prune\.method: unknown method 'chanels': did you mean 'channels'",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pykd.data import DataBundle
 from pykd.errors import ArtifactError, RecipeError
 from pykd.evaluation import Report, evaluate
 from pykd.evaluation.counting import count_parameters, saved_bytes
@@ -21,7 +22,7 @@ from pykd.models.adapter import logits, num_classes, origin
 from pykd.models.huggingface import TASKS, load_huggingface
 from pykd.pipeline.sources import build_data
 from pykd.pruning import prune
-from pykd.quantization import quantize
+from pykd.quantization import METHODS, check_method, quantize
 from pykd.recipe import RecipeLike, load_recipe
 
 #: Side of the image that a model is tried with when nothing says what it was made for.
@@ -53,12 +54,7 @@ def evaluate_saved(
     """
     folder = Path(path)
     model = load_saved(folder)
-    if recipe is None:
-        recipe = _provenance(folder).get("recipe")
-        if recipe is None:
-            raise RecipeError(f"{folder} does not say which data it was made for: name it by --recipe FILE")
-    own = str(folder) if (folder / "tokenizer_config.json").exists() else None
-    data = build_data(load_recipe(recipe, overrides=overrides), tokenizer=own)
+    data = _data_of(folder, recipe, overrides)
     return evaluate(model, data, name=folder.name, batch_size=batch_size, latency_rounds=latency_rounds, path=folder)
 
 
@@ -71,11 +67,26 @@ def prune_saved(path: str | Path, output: str | Path, **options: Any) -> dict[st
     return _rewrite(Path(path), Path(output), verb)
 
 
-def quantize_saved(path: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
-    """Load, quantize (options as for :func:`pykd.quantize`), save to ``output``; returns what changed."""
+def quantize_saved(
+    path: str | Path,
+    output: str | Path,
+    *,
+    recipe: RecipeLike | None = None,
+    overrides: Sequence[str] = (),
+    method: str = "rtn",
+    **options: Any,
+) -> dict[str, Any]:
+    """Load, quantize (options as for :func:`pykd.quantize`), save to ``output``; returns what changed.
+
+    A method that looks at data is given the training split of ``recipe``, by default of the recipe that made the model.
+    Raises RecipeError when there is no recipe to take the data from.
+    """
+    check_method(options.get("scheme", "w4a16"), method, symmetric=options.get("symmetric", True))
+    calibrated = METHODS[method].calibrated
 
     def verb(model: nn.Module) -> None:
-        quantize(model, **options)
+        data = _data_of(Path(path), recipe, overrides) if calibrated else None
+        quantize(model, method=method, data=data, **options)
 
     return _rewrite(Path(path), Path(output), verb)
 
@@ -140,6 +151,15 @@ def _rewrite(path: Path, output: Path, verb: Callable[[nn.Module], None]) -> dic
         "bytes": f"{old:,} -> {new:,} ({old / new:.2f}x smaller)",
         "parameters": f"{before:,} -> {after:,}, {nonzero:,} of them not zero",
     }
+
+
+def _data_of(folder: Path, recipe: RecipeLike | None, overrides: Sequence[str]) -> DataBundle:
+    """The data of ``recipe``, or of the recipe that made the model, read by the tokenizer saved with it."""
+    recipe = _provenance(folder).get("recipe") if recipe is None else recipe
+    if recipe is None:
+        raise RecipeError(f"{folder} does not say which data it was made for: name it by --recipe FILE")
+    own = str(folder) if (folder / "tokenizer_config.json").exists() else None
+    return build_data(load_recipe(recipe, overrides=overrides), tokenizer=own)
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

@@ -78,7 +78,13 @@ def _quantize(settings: Any, model: nn.Module, context: Context) -> nn.Module:
     return quantize(
         model,
         scheme=settings.scheme,
+        method=settings.method,
         group_size=settings.group_size,
+        symmetric=settings.symmetric,
+        data=context.data,
+        samples=settings.samples,
+        batch_size=settings.batch_size,
+        seed=context.recipe.seed,
         include=settings.include,
         exclude=settings.exclude,
     )

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pykd.errors import nearest
 from pykd.pruning import METHODS
-from pykd.quantization import SCHEMES
+from pykd.quantization import check_method
 from pykd.training import TrainConfig
 
 
@@ -104,16 +104,30 @@ class Quantize(Section):
     """Store weights in 4 or 8 bits."""
 
     scheme: str = "w4a16"
+    method: str = Field("rtn", description="how 4-bit codes are chosen: rtn, hqq, gptq or awq")
     group_size: int = Field(64, description="weights that share one scale; ignored by w8a8 and w8a16")
+    symmetric: bool = Field(True, description="false stores zero points; scheme w4a16 only")
+    samples: int = Field(256, ge=1, description="training examples that gptq and awq look at")
+    batch_size: int = Field(16, ge=1, description="of them at once")
     include: list[str] | None = None
     exclude: list[str] | None = None
 
     @field_validator("scheme")
     @classmethod
-    def _known(cls, scheme: str) -> str:
-        if scheme not in SCHEMES:
-            raise ValueError(nearest("scheme", scheme, SCHEMES))
+    def _known_scheme(cls, scheme: str) -> str:
+        check_method(scheme, "rtn")
         return scheme
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        check_method("w4a16", method)
+        return method
+
+    @model_validator(mode="after")
+    def _fit(self) -> Quantize:
+        check_method(self.scheme, self.method, symmetric=self.symmetric)
+        return self
 
 
 class Stage(Section):

@@ -1,0 +1,92 @@
+"""The table of quantization methods, on a model that learned a little from real package descriptions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pykd import finetune, save_pretrained
+from pykd.data import load_text
+from pykd.models.huggingface import load_huggingface
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "bench_quantization_methods.py"
+EXTRACT = Path(__file__).parents[1] / "data_files" / "debian_sections.csv"
+CONFIG = {
+    "model_type": "bert", "vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 96, "max_position_embeddings": 40, "hidden_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_quantization_methods", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = script()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    torch.manual_seed(0)
+    data = load_text(EXTRACT, tokenizer=tokenizer, max_length=24, test_size=60)
+    net = load_huggingface(None, "sequence-classification", num_labels=len(data.class_names), config=CONFIG)
+    net = finetune(net, data, epochs=2, lr=2e-3, progress=False)
+    return save_pretrained(net, tmp_path_factory.mktemp("bench") / "model", tokenizer=tokenizer)
+
+
+def run(model: Path, tmp_path: Path, *words: str) -> dict[str, Any]:
+    options = ["--texts", "60", "--samples", "24", "--group-size", "32", "--max-length", "24"]
+    bench.main(["--model", str(model), "--data", str(EXTRACT), "--json", str(tmp_path / "out.json"), *options, *words])
+    found: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
+    return found
+
+
+def test_every_method_is_in_the_table(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bitsandbytes", "hqq", "torchao"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = run(model, tmp_path)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert len(rows) == 1 + 2 + 4 * 4 and set(found["not_measured"]) == set(bench.PEERS)
+    assert rows["as it is"]["kl"] == 0 and rows["as it is"]["flips"] == 0
+    for name, row in rows.items():
+        assert row["kl"] < 0.5 and 0 <= row["flips"] <= 60 and 0 <= row["accuracy"] <= 1
+        assert name == "as it is" or 0 < row["size_bytes"] < rows["as it is"]["size_bytes"]
+    assert rows["pykd w4a16 gptq"]["kl"] < rows["pykd w4a16 rtn"]["kl"]
+    assert found["settings"]["group_size"] == 32 and found["environment"]
+    out = capsys.readouterr().out
+    assert out.count("\n| pykd") == 18 and "not measured: torchao int4 (ModuleNotFoundError" in out
+
+
+def test_a_peer_rounds_the_same_layers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def halve(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
+        seen.append(tuple(weight.shape))
+        return weight / 2, weight.numel() // 2
+
+    monkeypatch.setattr(bench, "PEERS", {"half": lambda: halve})
+    found = run(model, tmp_path, "--only", "half", "pykd nf4 rtn")
+    before, ours, half = found["rows"]
+    assert ours["name"] == "pykd nf4 rtn" and half["name"] == "half" and half["kl"] > ours["kl"] > 0
+    weights = sum(out * columns for out, columns in seen)
+    assert len(seen) == 7 and half["size_bytes"] == before["size_bytes"] - 4 * weights + weights // 2
+
+
+def test_a_model_of_other_classes_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    net = load_huggingface(None, "sequence-classification", num_labels=2, config=CONFIG)
+    folder = save_pretrained(net, tmp_path / "two", tokenizer=tokenizer)
+    with pytest.raises(SystemExit, match=r"the model tells 2 classes apart, the data \d+: not a pair"):
+        run(folder, tmp_path)

@@ -89,6 +89,7 @@ void verbs(const std::string& level);
 void kl_div(const std::string& level);
 void kl_div_topk(const std::string& level);
 void linear_4bit(const std::string& level);
+void linear_8bit(const std::string& level);
 void sparse(const std::string& level);
 
 }  // namespace check

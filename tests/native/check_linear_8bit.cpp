@@ -23,7 +23,7 @@ struct Weight {
     for (int64_t i = 0; i < out * in; ++i)
       codes.push_back(static_cast<int8_t>(extreme ? random.pick<int>({-128, -127, 127}) : random.below(256) - 128));
     for (int64_t i = 0; i < out; ++i)
-      scales.push_back(static_cast<float>(random.normal() * random.pick<double>({0.01, 1.0, 1e-6})));
+      scales.push_back(static_cast<float>(random.normal() * random.pick<double>({0.01, 0.001, 1e-6})));
   }
 
   int code(int64_t row, int64_t k) const { return codes[static_cast<size_t>(row * in + k)]; }
@@ -124,10 +124,10 @@ struct Shape {
 
 void linear_8bit(const std::string& level) {
   Random random(8);
-  // The last has enough rows, outputs and inputs for several decoded slabs.
+  // The last has enough rows, outputs and inputs for several blocks and decoded slabs.
   const Shape shapes[] = {{1, 1, 1},    {1, 33, 40},  {2, 17, 129}, {3, 31, 7},   {4, 70, 65},
                           {5, 15, 96},  {6, 32, 9},   {7, 16, 64},  {8, 33, 3},   {11, 48, 31},
-                          {12, 40, 72}, {13, 5, 130}, {25, 65, 20}, {97, 37, 270}};
+                          {12, 40, 72}, {13, 5, 130}, {25, 65, 20}, {97, 37, 570}};
   for (int rounds = 0; rounds < 2; ++rounds) {
     for (int dtype = 0; dtype < 3; ++dtype) {
       Group group(level + " linear_8bit " + (rounds ? "w8a8" : "w8a16") + ", " + name_of(dtype));

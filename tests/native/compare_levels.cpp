@@ -29,6 +29,7 @@ int main(int count, char** names) {
       check::kl_div(level);
       check::kl_div_topk(level);
       check::linear_4bit(level);
+      check::linear_8bit(level);
       check::sparse(level);
     }
   }

@@ -50,37 +50,74 @@ void for_strips(const Linear8bitArgs& a, const Shape& s, const Panels& panels, c
 
 // --- w8a8: integer sums ---------------------------------------------------------------------------------------------
 
-// total[m][row ...] of NV * kWidth outputs, scaled, for the MR rows of a panel of codes [padded_k / 4][MR][4].
+// k at a time: the weights of a strip, 16 KB, stay in the first-level cache while all panels use them.
+constexpr int64_t kBlock = 512;
+
+// What a thread's stream of weights continues with is prefetched into the second-level cache, spread evenly over all
+// tiles that use the weights before it: left to the first panel, or to the hardware, memory would wait for the
+// arithmetic of the other panels and these for memory.
+struct Prefetch {
+  const uint8_t* next;
+  int64_t stride;  // bytes a tile asks for in each of its steps
+  template <int NV>
+  PYKD_INLINE void step() {
+    __builtin_prefetch(next, 0, 2);
+    if (NV * kWidth == kStrip && stride > 64) __builtin_prefetch(next + 64, 0, 2);  // a lone panel
+    next += stride;
+  }
+};
+
+// sums[m][row ...] += NV * kWidth outputs of a block for the MR rows of a panel of codes [quads][MR][4]; with `starts`,
+// of a strip's first block, = starts + those.
 template <int NV, int MR>
-void code_tile(const uint8_t* strip, int row, int64_t quads, const uint8_t* panel, const float* row_scales,
-               float* total) {
+void code_tile(const uint8_t* line, const uint8_t* starts, int row, int64_t quads, const uint8_t* panel,
+               Prefetch& stream, int32_t* sums) {
+  Prefetch prefetch = stream;
   I32 sum[NV][MR];
   for (int i = 0; i < NV; ++i)
-    for (int m = 0; m < MR; ++m) sum[i][m] = start_sum(strip + kStrip * 4 + (row + i * kWidth) * 4);
-  const uint8_t* line = strip + kHeader + row * 4;
+    for (int m = 0; m < MR; ++m) {
+      const int at = row + i * kWidth;
+      sum[i][m] = starts ? start_sum(starts + at * 4) : load_i32(sums + m * kStrip + at);
+    }
+  line += row * 4;
   for (int64_t q = 0; q < quads; ++q, line += kStep, panel += 4 * MR) {
     Codes w[NV];
     for (int i = 0; i < NV; ++i) w[i] = load_codes(line + i * kWidth * 4);
+    prefetch.step<NV>();
     for (int m = 0; m < MR; ++m) {
       const Quad quad = load_quad(panel + 4 * m);
       for (int i = 0; i < NV; ++i) sum[i][m] = dot(sum[i][m], w[i], quad);
     }
   }
-  for (int i = 0; i < NV; ++i) {
-    const F32 scale = scales_at(strip, row + i * kWidth);
-    for (int m = 0; m < MR; ++m)
-      store(total + m * kStrip + row + i * kWidth, mul(mul(to_f32(sum[i][m]), set1(row_scales[m])), scale));
-  }
+  stream = prefetch;
+  for (int i = 0; i < NV; ++i)
+    for (int m = 0; m < MR; ++m) store_i32(sums + m * kStrip + row + i * kWidth, sum[i][m]);
 }
 
 template <int MR = kCodeRows>
-void code_panel(int rows, const uint8_t* strip, int64_t quads, const uint8_t* panel, const float* row_scales,
-                float* total) {
+void code_panel(int rows, const uint8_t* line, const uint8_t* starts, int64_t quads, const uint8_t* panel,
+                Prefetch& prefetch, int32_t* sums) {
   if constexpr (MR > 1) {
-    if (rows < MR) return code_panel<MR - 1>(rows, strip, quads, panel, row_scales, total);
+    if (rows < MR) return code_panel<MR - 1>(rows, line, starts, quads, panel, prefetch, sums);
   }
   constexpr int NV = code_vectors(MR);
-  for (int row = 0; row < kStrip; row += NV * kWidth) code_tile<NV, MR>(strip, row, quads, panel, row_scales, total);
+  for (int row = 0; row < kStrip; row += NV * kWidth)
+    code_tile<NV, MR>(line, starts, row, quads, panel, prefetch, sums);
+}
+
+// sums[rows][kStrip] * row_scales * the strip's scales + bias -> y
+template <class T>
+void write_sums(const Linear8bitArgs& a, const int32_t* sums, const float* row_scales, const uint8_t* strip,
+                int64_t first, int64_t row, int rows) {
+  alignas(64) float total[kCodeRows * kStrip];
+  for (int at = 0; at < kStrip; at += kWidth) {
+    const F32 scale = scales_at(strip, at);
+    for (int m = 0; m < rows; ++m) {
+      const F32 sum = to_f32(load_i32(sums + m * kStrip + at));
+      store(total + m * kStrip + at, mul(mul(sum, set1(row_scales[m])), scale));
+    }
+  }
+  write_out<T, kStrip>(a, total, first, row, rows);
 }
 
 template <class T>
@@ -95,13 +132,23 @@ void rounded_rows(const Linear8bitArgs& a, const Shape& s, int64_t first, int64_
         row_scales[m] = round_row(x + m * a.x_stride, a.in_features, s.padded_k, 4 * panels.size(p),
                                   codes + panels.row(p) * s.padded_k + (m - panels.row(p)) * 4);
   });
-  for_strips(a, s, panels, [&](int64_t strip, int64_t begin, int64_t end) {
-    alignas(64) float total[kCodeRows * kStrip];
+  for_strips(a, s, panels, [&](int64_t item, int64_t begin, int64_t end) {
+    alignas(64) int32_t sums[kLinear8bitRows * kStrip];
+    const uint8_t* strip = a.packed + item * s.strip_bytes;
+    const int64_t tiles = (end - begin) * kStrip / (code_vectors(panels.size(begin)) * kWidth);
+    for (int64_t k = 0; k < s.padded_k; k += kBlock) {
+      const int64_t count = s.padded_k - k < kBlock ? s.padded_k - k : kBlock;
+      const uint8_t* block = strip + kHeader + k * kStrip;
+      Prefetch prefetch = {block + count * kStrip, tiles < kStep ? kStep / tiles : 1};
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t row = panels.row(p);
+        code_panel(panels.size(p), block, k == 0 ? strip + kStrip * 4 : nullptr, count / 4,
+                   codes + row * s.padded_k + k * panels.size(p), prefetch, sums + row * kStrip);
+      }
+    }
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = panels.row(p);
-      code_panel(panels.size(p), a.packed + strip * s.strip_bytes, s.padded_k / 4, codes + row * s.padded_k,
-                 row_scales + row, total);
-      write_out<T, kStrip>(a, total, strip * kStrip, first + row, panels.size(p));
+      write_sums<T>(a, sums + row * kStrip, row_scales + row, strip, item * kStrip, first + row, panels.size(p));
     }
   });
 }

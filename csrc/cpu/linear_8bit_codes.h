@@ -54,6 +54,7 @@ PYKD_INLINE F32 decode(const Codes& w) {
 PYKD_INLINE I32 max_magnitude(I32 best, F32 x) {  // of the bits without the sign: infinity and NaN are the largest
   return {_mm512_max_epi32(best.v, _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff)))};
 }
+PYKD_INLINE I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 PYKD_INLINE void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, x.v); }
 PYKD_INLINE void store_activations(uint8_t* p, F32 x) {
   const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v));
@@ -84,7 +85,9 @@ PYKD_INLINE Codes load_codes(const uint8_t* p) {
 PYKD_INLINE Quad load_quad(const uint8_t* p) { return {_mm256_set1_epi32(load_four_bytes(p))}; }
 PYKD_INLINE I32 dot(I32 sum, const Codes& w, Quad a) {
   const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(a.v, w.v));
-  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+  __m256i result = _mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  asm volatile("" : "+x"(result));  // product after product: GCC 12 else starts them all, and runs out of registers
+  return {result};
 }
 PYKD_INLINE F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.v)}; }
 template <int kk>
@@ -94,6 +97,7 @@ PYKD_INLINE F32 decode(const Codes& w) {
 PYKD_INLINE I32 max_magnitude(I32 best, F32 x) {
   return {_mm256_max_epi32(best.v, _mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7fffffff)))};
 }
+PYKD_INLINE I32 load_i32(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 PYKD_INLINE void store_i32(int32_t* p, I32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
 PYKD_INLINE void store_activations(uint8_t* p, F32 x) {
   const __m256i words = _mm256_cvtps_epi32(x.v);
@@ -140,6 +144,7 @@ PYKD_INLINE I32 max_magnitude(I32 best, F32 x) {
   const int32_t bits = static_cast<int32_t>(float_to_bits(x.v) & 0x7fffffffu);
   return {bits > best.v ? bits : best.v};
 }
+PYKD_INLINE I32 load_i32(const int32_t* p) { return {*p}; }
 PYKD_INLINE void store_i32(int32_t* p, I32 x) { *p = x.v; }
 PYKD_INLINE void store_activations(uint8_t* p, F32 x) { *p = static_cast<uint8_t>(static_cast<int8_t>(x.v)); }
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pykd.errors import RecipeError
+from pykd.quantization import SCHEMES
 from pykd.recipe import load_recipe, recipe_hash, recipe_yaml
 from pykd.recipe.schema import Train
 from pykd.training import TrainConfig
@@ -48,6 +49,12 @@ def test_shipped_recipes_are_valid_and_come_back_from_yaml(path: pathlib.Path, t
     assert load_recipe(copy_of) == recipe
     assert recipe_hash(load_recipe(copy_of)) == recipe_hash(recipe)
     assert recipe_hash(load_recipe(path, short=True)) != recipe_hash(recipe)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_accepted(scheme: str) -> None:
+    quantized = load_recipe(changed("stages/2/quantize/scheme", scheme)).stages[2].quantize
+    assert quantized is not None and quantized.scheme == scheme
 
 
 def test_a_recipe_is_read_from_a_mapping_a_file_and_itself() -> None:

@@ -30,7 +30,6 @@ PYKD_INLINE int32_t load_four_bytes(const uint8_t* p) {
 
 constexpr int kCodeRows = 12;  // rows of the register tile: 2 x 12 accumulators of 32 registers
 constexpr int code_vectors(int) { return 2; }
-constexpr uint8_t kZeroCode = 128;  // a stored activation of 0
 
 struct I32 {
   __m512i v;
@@ -65,7 +64,6 @@ PYKD_INLINE void store_activations(uint8_t* p, F32 x) {
 
 constexpr int kCodeRows = 4;  // 2 x 4 accumulators, 2 weights and their magnitudes, a quad, a product, ones
 constexpr int code_vectors(int rows) { return rows <= 2 ? 4 : 2; }
-constexpr uint8_t kZeroCode = 0;
 
 struct I32 {
   __m256i v;
@@ -109,7 +107,6 @@ PYKD_INLINE void store_activations(uint8_t* p, F32 x) {
 
 constexpr int kCodeRows = 4;
 constexpr int code_vectors(int) { return 2; }
-constexpr uint8_t kZeroCode = 0;
 
 struct I32 {
   int32_t v;

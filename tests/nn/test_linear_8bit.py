@@ -105,6 +105,14 @@ def test_a_row_longer_than_32_bit_sums_allow_stays_canonical() -> None:
     assert compressed(torch.randn(1, 131_073)).isfinite().all()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES_8BIT)
+def test_compiles_as_one_graph(scheme: str) -> None:
+    _, compressed = layer(scheme=scheme)
+    model = nn.Sequential(nn.Linear(67, 67), nn.GELU(), compressed)
+    x = torch.randn(5, 67)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
 def test_unknown_scheme() -> None:
     with pytest.raises(ValueError, match="unknown 8-bit scheme 'w8a9': did you mean 'w8a8'"):
         Linear8bit(3, 4, "w8a9")

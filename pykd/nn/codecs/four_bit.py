@@ -37,7 +37,7 @@ def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -
 
     >>> w = torch.tensor([[0.7, 0.0, -0.35]])
     >>> dequantize_4bit(quantize_4bit(w, group_size=32), code="int4", in_features=3, group_size=32)
-    tensor([[ 0.7002,  0.0000, -0.3501]])
+    tensor([[ 0.7002, -0.0000, -0.3501]])
     """
     _check(weight, code, group_size)
     groups = split_groups(weight.detach().float(), group_size)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -198,7 +196,7 @@ def test_ignored_positions_cost_nothing_on_the_cpu() -> None:
     assert live.most_rows == 5
 
 
-# The neighbours: autograd, compiler, autocast, DDP.
+# The neighbours: autograd, compiler, autocast; test_distributed.py has DDP.
 
 
 def test_only_the_gradients_that_are_needed_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,36 +310,6 @@ def test_autocast_computes_in_its_type_and_keeps_the_weights_gradient_exact() ->
     double = Case(6, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves float64 alone
         torch.testing.assert_close(double.run(fused), double.run(unfused))
-
-
-@contextlib.contextmanager
-def one_process_group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_inside_distributed_data_parallel() -> None:
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(3)
-            self.body, self.head = nn.Linear(5, 8), nn.Linear(8, 30)
-
-        def forward(self, x: Tensor) -> Tensor:
-            case = Case(40)
-            return fused(self.body(x), self.head.weight, self.head.bias, case.teacher, case.labels, chunk_bytes=3000)
-
-    x, plain, wrapped = torch.randn(40, 5), Loss(), Loss()
-    with one_process_group():
-        parallel = nn.parallel.DistributedDataParallel(wrapped)
-        for model in (plain, parallel):
-            torch.manual_seed(4)
-            model(x).backward()
-    for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
 
 
 # Memory: counted at the full size on the meta device, where a tensor has a shape and no content.

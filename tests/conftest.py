@@ -1,8 +1,9 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, a fixed seed, and no reach to any model hub."""
+"""Shared set-up: Triton's interpreter where there is no GPU, a fixed seed, no reach to any model hub, and Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 
@@ -10,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell starts with Ctrl-C ignored
 
 import pytest
 

@@ -16,7 +16,7 @@ using pykd::Unary;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-pykd::Verbs verbs_of(const std::string& level) {
+pykd::Verbs verbs_of([[maybe_unused]] const std::string& level) {
 #ifdef PYKD_X86
   if (level == "avx2") return pykd::avx2::verbs();
   if (level == "avx512") return pykd::avx512::verbs();

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import pathlib
+import platform
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -116,8 +117,9 @@ def build_info() -> dict[str, Any]:
     """What this installation can run and what it will choose.
 
     Returns a dict: `version` of pykd; `native` (bool) and `native_error`; `isa` in force, `isa_levels` that this CPU
-    can run; `threads`; `openmp` runtimes mapped into the process (more than one costs speed); `cuda_library` (path or
-    None), `cuda_available`, `triton`; `torch`; and `table`, the dispatch rows (op, device, when, implementation).
+    can run, and in `tuning` for which processors they were made fast; `threads`; `openmp` runtimes mapped into the
+    process (more than one costs speed); `cuda_library` (path or None), `cuda_available`, `triton`; `torch`; and
+    `table`, the dispatch rows (op, device, when, implementation).
 
     >>> import pykd
     >>> sorted(pykd.build_info())[:3]
@@ -133,6 +135,7 @@ def build_info() -> dict[str, Any]:
         "native_error": native_error,
         "isa": native.isa() if native is not None else None,
         "isa_levels": native.isa_levels() if native is not None else [],
+        "tuning": _tuning(),
         "threads": num_threads(),
         "openmp": _openmp_runtimes(),
         "cuda_library": str(path) if path is not None else None,
@@ -140,6 +143,14 @@ def build_info() -> dict[str, Any]:
         "triton": triton_available(),
         "table": [route._asdict() for route in TABLE],
     }
+
+
+def _tuning() -> str:
+    """A sentence on the speed of the native kernels on this kind of processor."""
+    machine = platform.machine()
+    if machine in ("x86_64", "AMD64"):
+        return "avx2 and avx512 are tuned for x86-64"
+    return f"untuned on {machine or 'this processor'}: only the portable scalar level exists here, correct but slow"
 
 
 def _openmp_runtimes() -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,15 @@ class Run:
         config: TrainConfig,
         settings: dict[str, Any],
         checkpoint_dir: str | Path | None,
+        modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.model, self.config = model, config
+        self.device = next(model.parameters()).device
+        self.modules = {name: module.to(self.device) for name, module in (modules or {}).items()}
+        self.trained = nn.ModuleList([model, *self.modules.values()])
         self.directory = Path(checkpoint_dir) if checkpoint_dir is not None else None
         self.source = Source(data, batch_size=config.batch_size, seed=config.seed)
-        self.optimizer = adamw(model, lr=config.lr, weight_decay=config.weight_decay)
-        self.device = next(model.parameters()).device
+        self.optimizer = adamw(self.trained, lr=config.lr, weight_decay=config.weight_decay)
         self.history = History(total_steps=config.total_steps(self.source.steps_per_epoch))
         self.identity = {
             "config": config.to_dict() | {"checkpoint_steps": None},
@@ -58,6 +61,9 @@ class Run:
             "total_steps": self.history.total_steps,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
+        if self.modules:
+            sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in self.modules.items()}
+            self.identity["modules"] = sizes
 
     def step(self, loss_fn: LossFunction, batch: Batch) -> None:
         """Forward, backward, update; the weights change only when loss and gradient are finite."""
@@ -72,7 +78,7 @@ class Run:
         with self._autocast():
             loss, noted = loss_fn(self.model, move(batch, self.device))
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.clip_norm or float("inf"))
         values = {"loss": float(loss.detach()), "grad_norm": float(norm)}  # the step's only wait for the device
         self._require_finite(values, number)
         self.optimizer.step()
@@ -91,6 +97,8 @@ class Run:
         if self.directory is None:
             return
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for prefix, module in self.modules.items():
+            tensors |= {f"modules.{prefix}/{name}": tensor for name, tensor in module.state_dict().items()}
         slots, optimizer = optimizer_tensors(self.optimizer)
         states, rng = get_rng()
         tensors |= {f"optimizer.{name}": tensor for name, tensor in slots.items()}
@@ -119,14 +127,16 @@ class Run:
             logger.info("no checkpoint in %s: starting from the first step", self.directory)
             return None
         tensors, plain = load_checkpoint(self.directory)
-        for name, mine in self.identity.items():
-            theirs = plain["identity"][name]
+        for name in self.identity | plain["identity"]:
+            mine, theirs = self.identity.get(name), plain["identity"].get(name)
             if theirs != mine:
                 raise ArtifactError(
                     f"checkpoint {self.directory} belongs to another run: {name} was {theirs}, is now {mine}; "
                     "resume with the same settings and data, or choose another directory"
                 )
         self.model.load_state_dict(_part(tensors, "model."))
+        for name, module in self.modules.items():
+            module.load_state_dict(_part(tensors, f"modules.{name}/"))
         restore_optimizer(self.optimizer, _part(tensors, "optimizer."), plain["optimizer"])
         self.history.records, self.history.seconds = plain["history"]["records"], plain["history"]["seconds"]
         logger.info("resumed at step %d of %d", self.history.steps, self.history.total_steps)

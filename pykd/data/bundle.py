@@ -10,7 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pykd.errors import DataError
+from pykd.errors import DataError, nearest
+
+#: What the labels of a data set stand for: one class a row, one a position, or tokens of a vocabulary.
+TASKS = ("classification", "token-classification", "seq2seq-lm", "causal-lm", "masked-lm")
+#: Those whose labels are classes with names.
+NAMED = ("classification", "token-classification")
 
 Item = dict[str, Any]
 Batch = dict[str, Tensor]
@@ -31,11 +36,13 @@ class DataBundle:
     """A labelled data set with the held-out split that every stage is measured on.
 
     train, test: map-style data sets of dicts. collate: list of such dicts -> dict of tensors with ``labels`` (int64)
-    and ``input_ids`` / ``attention_mask`` or ``pixel_values`` (float32, NCHW). class_names: one per label 0..classes-1.
+    and ``input_ids`` / ``attention_mask`` or ``pixel_values`` (float32, NCHW). class_names: one per label 0..classes-1;
+    none where labels are tokens of a vocabulary. task: one of ``TASKS``; labels of every task but "classification" are
+    (rows, positions), with -100 at positions that do not count.
     fingerprint: a digest of the content and of what is done to it; equal fingerprints mean equal batches.
     preprocessing: JSON-able facts for reports and saved models. tokenizer: of text data, else None.
 
-    Raises DataError for an empty split and for class names that are missing or repeated.
+    Raises DataError for an empty split, an unknown task, and class names that are missing, repeated or out of place.
 
     >>> items = [{"pixel_values": torch.zeros(1, 4, 4), "labels": i % 2} for i in range(4)]
     >>> bundle = DataBundle(train=items, test=items[:2], collate=stack, class_names=("even", "odd"), name="tiny")
@@ -51,12 +58,19 @@ class DataBundle:
     fingerprint: str = ""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
+    task: str = "classification"
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise DataError(nearest("task", self.task, TASKS))
         for split in ("train", "test"):
             if len(getattr(self, split)) == 0:
                 raise DataError(f"the {split} split of {self.name!r} is empty; give it at least one labelled example")
         names = list(self.class_names)
+        if self.task not in NAMED:
+            if names:
+                raise DataError(f"{self.name!r} has labels of a vocabulary, for {self.task}: leave class_names empty")
+            return
         repeated = sorted({name for name in names if names.count(name) > 1})
         if not names or repeated:
             found = f"{repeated[0]!r} twice" if repeated else "none"
@@ -70,6 +84,7 @@ class DataBundle:
         """What a report says about the data: name, sizes, classes, preprocessing and fingerprint."""
         return {
             "name": self.name,
+            "task": self.task,
             "train_size": len(self.train),
             "test_size": len(self.test),
             "class_names": list(self.class_names),
@@ -151,6 +166,20 @@ def stratified_split(labels: Sequence[int], test_size: int, *, seed: int, name: 
     test = [index for label in sorted(groups) for index in groups[label][: counts[label]]]
     held_out = set(test)
     return [index for index in range(len(labels)) if index not in held_out], sorted(test)
+
+
+def random_split(size: int, test_size: int, *, seed: int, name: str) -> tuple[list[int], list[int]]:
+    """Indices of (train, test), both ascending: a seeded choice. Raises DataError when either would be empty.
+
+    >>> [len(part) for part in random_split(10, 3, seed=0, name="ten")]
+    [7, 3]
+    """
+    if not 1 <= test_size < size:
+        raise DataError(
+            f"test_size={test_size} does not fit {name!r}: with {size} examples it must lie between 1 and {size - 1}"
+        )
+    order = permutation(size, seed=seed)
+    return sorted(order[test_size:]), sorted(order[:test_size])
 
 
 def digest(parts: Iterable[object]) -> str:

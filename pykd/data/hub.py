@@ -33,7 +33,8 @@ def load_splits(name: str, *, subset: str | None, label_column: str) -> tuple[Ta
     tables = {
         split: _table(found[split], f"{name} ({split})") for split in found if split in ("train", "test", "validation")
     }
-    names = getattr(found["train"].features.get(label_column), "names", None)
+    feature = found["train"].features.get(label_column)
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel, or of a list of them
     held_out = next(
         (tables[s] for s in ("test", "validation") if s in tables and _labelled(tables[s], label_column)), None
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pykd.data.bundle import Batch, DataBundle, Item, digest, stratified_split
-from pykd.data.hub import load_splits
 from pykd.data.labels import class_names as names_of
 from pykd.data.labels import encode
-from pykd.data.tables import Table, is_local, read_table
+from pykd.data.sources import load_tokenizer, tables
+from pykd.data.sources import texts as texts_of
 from pykd.errors import DataError
 
 
@@ -75,19 +75,19 @@ def load_text(
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, got {max_length}")
-    train, test, names = _tables(str(source), test_source, split_column, subset, label_column)
+    train, test, names = tables(str(source), test_source, split_column, subset, label_column)
     names = list(class_names) if class_names is not None else names
     numbered = names is not None
     names = names or names_of(train, label_column)
     splits = []
     for table in (train, test):
         if table is not None:
-            splits.append((_texts(table, text_column), encode(table, label_column, names, numbered=numbered)))
+            splits.append((texts_of(table, text_column), encode(table, label_column, names, numbered=numbered)))
     if test is None:
         (texts, labels), rows = splits.pop(), None
         for rows in stratified_split(labels, test_size, seed=seed, name=train.source):
             splits.append(([texts[row] for row in rows], [labels[row] for row in rows]))
-    tokenizer = _tokenizer(tokenizer)  # last, because it may come from the hub
+    tokenizer = load_tokenizer(tokenizer)  # last, because it may come from the hub
     preprocessing = {
         "source": str(source),
         "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
@@ -106,58 +106,3 @@ def load_text(
         preprocessing=preprocessing,
         tokenizer=tokenizer,
     )
-
-
-def _tables(
-    source: str, test_source: str | Path | None, split_column: str | None, subset: str | None, label_column: str
-) -> tuple[Table, Table | None, list[str] | None]:
-    if not is_local(source):
-        train, test, names = load_splits(source, subset=subset, label_column=label_column)
-        return train, test if test_source is None else read_table(test_source), names
-    table = read_table(source)
-    if test_source is not None:
-        return table, read_table(test_source), None
-    if split_column is not None:
-        return *_split(table, split_column), None
-    return table, None, None
-
-
-def _split(table: Table, split_column: str) -> tuple[Table, Table]:
-    rows: dict[str, list[int]] = {"train": [], "test": []}
-    for row, split in enumerate(table.column(split_column)):
-        if split not in rows:
-            raise DataError(
-                f"{table.source}, {table.place(row)}: column {split_column!r} must say 'train' or 'test', got {split!r}"
-            )
-        rows[split].append(row)
-    for split, found in rows.items():
-        if not found:
-            raise DataError(f"{table.source}: no row of column {split_column!r} says {split!r}; both splits need rows")
-    return table.take(rows["train"]), table.take(rows["test"])
-
-
-def _texts(table: Table, text_column: str) -> list[str]:
-    texts = table.column(text_column)
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(
-                f"{table.source}, {table.place(row)}: column {text_column!r} must hold text, got {text!r} "
-                f"({type(text).__name__}); name the right column or delete the row"
-            )
-        if not text.strip():
-            raise DataError(f"{table.source}, {table.place(row)}: column {text_column!r} is empty; delete the row")
-    return texts
-
-
-def _tokenizer(tokenizer: Any) -> Any:
-    if not isinstance(tokenizer, (str, Path)):
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(tokenizer))
-    except Exception as error:  # transformers raises OSError, ValueError, and errors of the hub and of JSON
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"cannot load the tokenizer {str(tokenizer)!r}: {reason}; give the folder of a saved tokenizer"
-        ) from error

@@ -34,8 +34,11 @@ def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return result
 
 
-def call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """Whatever the model returns for a batch; inputs and errors as for `logits`.
+def call(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
+    """Whatever the model returns for a batch; inputs and errors as for `logits`. options: arguments beside the inputs.
+
+    An encoder-decoder that generates gets its decoder's inputs from the labels, shifted right by the model's own rule,
+    unless the batch brings them.
 
     >>> call(nn.Linear(4, 3), {"pixel_values": torch.zeros(2, 4)}).shape
     torch.Size([2, 3])
@@ -43,14 +46,27 @@ def call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     accepted = _accepted(type(unwrap(model)).forward)
     named = {k: v for k, v in batch.items() if k in accepted and k != "labels" and isinstance(v, Tensor)}
     if named:
-        return model(**named)
+        return model(**_with_decoder_inputs(unwrap(model), named, batch), **options)
     tensors = {k: v for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
     if "pixel_values" not in tensors and len(tensors) != 1:
         raise DataError(
             f"{type(unwrap(model)).__name__} takes {', '.join(accepted) or 'nothing by name'}, but the batch holds "
             f"{', '.join(batch) or 'nothing'}; name the input as the model does, or pixel_values."
         )
-    return model(tensors["pixel_values"] if "pixel_values" in tensors else next(iter(tensors.values())))
+    return model(tensors["pixel_values"] if "pixel_values" in tensors else next(iter(tensors.values())), **options)
+
+
+def _with_decoder_inputs(model: nn.Module, named: dict[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None or "decoder_input_ids" in named or "decoder_inputs_embeds" in named:
+        return named
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise DataError(
+            f"{type(model).__name__} decodes: give the batch labels (rows, positions), which its decoder reads shifted "
+            "right, or decoder_input_ids"
+        )
+    return {**named, "decoder_input_ids": shift(labels)}
 
 
 def move(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -33,7 +33,10 @@ def update_config(model: nn.Module) -> None:
 
 
 def keep_layer_types(config: Any, kept: Sequence[int]) -> None:
-    """Slice the per-layer list that some decoders keep (``layer_types``)."""
+    """Slice the per-layer list that some decoders keep (``layer_types``), count DeepSeek's dense layers again."""
+    dense = getattr(config, "first_k_dense_replace", None)
+    if isinstance(dense, int):
+        config.first_k_dense_replace = sum(index < dense for index in kept)
     kinds = getattr(config, "layer_types", None)
     if isinstance(kinds, list) and kinds:
         config.layer_types = [kinds[index] for index in kept]

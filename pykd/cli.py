@@ -122,6 +122,7 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="weights that share a scale: 32, 64 or 128")] = 64,
     symmetric: Annotated[bool, typer.Option(help="w4a16 without zero points")] = True,
     samples: Annotated[int, typer.Option(min=1, help="training examples to look at")] = 256,
+    embeddings: Annotated[str | None, typer.Option(help="also the embeddings: w8a16, w4a16, nf4 or fp4")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="take the data from this recipe, not from the model's own")
     ] = None,
@@ -133,7 +134,13 @@ def quantize(
     from pykd.pipeline import quantize_saved
 
     options: dict[str, Any] = {"scheme": scheme, "group_size": group_size, "symmetric": symmetric, "samples": samples}
-    options |= {"include": include, "exclude": exclude, "recipe": recipe, "overrides": settings or ()}
+    options |= {
+        "embeddings": embeddings,
+        "include": include,
+        "exclude": exclude,
+        "recipe": recipe,
+        "overrides": settings or (),
+    }
     _table(quantize_saved(model, output, method=method, **options))
 
 

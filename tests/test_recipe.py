@@ -109,6 +109,11 @@ def test_the_hash_is_of_what_is_computed() -> None:
             r"stages\[2\]\.quantize\.scheme: unknown scheme 'w4a61': did you mean 'w4a16'",
         ),
         (
+            "stages/2/quantize/embeddings",
+            "w8a8",
+            r"stages\[2\]\.quantize\.embeddings: unknown scheme for embeddings 'w8a8': did you mean 'w8a16'",
+        ),
+        (
             "stages/2/quantize/method",
             "gtpq",
             r"stages\[2\]\.quantize\.method: unknown method 'gtpq': did you mean 'gptq'",

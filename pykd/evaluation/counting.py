@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pykd.errors import ArtifactError
 from pykd.nn.compressed import CompressedModule
+from pykd.nn.tied import Tied
 
 #: Tensors in which compressed layers store the weight that `dequantize` returns.
 STORED_WEIGHT = {"qweight", "scales", "zeros", "bitmask", "qvalues", "values"}
@@ -19,7 +20,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(parameters, non-zero parameters) of a model, each tied tensor counted once.
 
     A compressed layer counts as the dense layer that it computes: a 4-bit Linear has out * in weights, and those whose
-    code stands for zero are zeros, whatever scales and bitmasks it stores besides.
+    code stands for zero are zeros, whatever scales and bitmasks it stores besides. A layer tied to a compressed
+    embedding counts its bias alone.
 
     >>> count_parameters(nn.Linear(4, 3))[0]
     15
@@ -28,7 +30,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     seen: set[int] = set()
     for module in model.modules():
         stored = STORED_WEIGHT if isinstance(module, CompressedModule) else set()
-        if isinstance(module, CompressedModule):
+        if isinstance(module, CompressedModule) and not isinstance(module, Tied):
             weight = module.dequantize()
             total += weight.numel()
             nonzero += _nonzero(weight)

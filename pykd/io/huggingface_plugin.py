@@ -148,6 +148,7 @@ def fitted(described: Structure, model: Any) -> Structure:
         shapes={place(k): v for k, v in described.shapes.items() if keep(k)},
         removed=[place(k) for k in described.removed if keep(k)],
         tied={place(k): place(v) for k, v in described.tied.items() if keep(k) and keep(v)},
+        sources={place(k): place(v) for k, v in described.sources.items() if keep(k) and keep(v)},
     )
 
 

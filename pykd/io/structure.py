@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from pykd.errors import ArtifactError, nearest
 from pykd.io.layers import PLAIN, build, describe
 from pykd.nn import COMPRESSED
+from pykd.nn.embedding import CompressedEmbedding
+from pykd.nn.tied import Tied
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Structure:
         shapes: parameter or buffer -> shape, where it differs on modules that stay what they are.
         removed: modules that the skeleton has and the model has not.
         tied: name in `state_dict()` -> the name under which the same tensor is stored.
+        sources: layer without a weight of its own (`pykd.nn.tied`) -> the embedding whose weight it uses.
     """
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -37,9 +40,10 @@ class Structure:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `shapes`, `removed` and `tied` are left out when empty."""
+        """JSON form; all but `modules` and `attributes` are left out when empty."""
         content = asdict(self)
         return {k: copy.deepcopy(v) for k, v in content.items() if v or k in ("modules", "attributes")}
 
@@ -73,6 +77,8 @@ def difference(model: nn.Module, skeleton: nn.Module) -> Structure:
         if spec is not None:
             if other is None or spec != describe(other):
                 found.modules[name] = spec
+            if isinstance(module, Tied):
+                found.sources[name] = _name_of(module.source, name, ours)
         elif other is None or type(module) is not type(other):
             wanted = "nothing" if other is None else type(other).__name__
             raise ArtifactError(
@@ -114,6 +120,14 @@ def apply(model: nn.Module, structure: Structure) -> None:
             setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
     for name, shape in structure.shapes.items():
         _reshape(*_parent(model, name), shape)
+    for name, target in structure.sources.items():
+        layer, source = _module(model, name), _module(model, target)
+        if not isinstance(layer, Tied) or not isinstance(source, CompressedEmbedding):
+            raise ArtifactError(
+                f"the saved model ties {name!r}, a {type(layer).__name__}, to {target!r}, a {type(source).__name__}; "
+                "only pykd's tied layers take the weight of another, and only of a compressed embedding."
+            )
+        layer.tie(source)
 
 
 def shared(state: dict[str, Tensor], secondary: set[str] | None = None) -> dict[str, str]:
@@ -148,6 +162,16 @@ def _compare(name: str, module: nn.Module, other: nn.Module, found: Structure) -
     for key, value in _direct(module):
         if key in tensors and tensors[key].shape != value.shape:
             found.shapes[f"{name}.{key}" if name else key] = list(value.shape)
+
+
+def _name_of(source: nn.Module, name: str, modules: dict[str, nn.Module]) -> str:
+    found = next((other for other, module in modules.items() if module is source), None)
+    if found is None:
+        raise ArtifactError(
+            f"module {name!r} uses the weight of an embedding that is not in the model; put the embedding back, or "
+            "replace the module by its to_dense()."
+        )
+    return found
 
 
 def _integral(value: object) -> bool:

@@ -40,6 +40,8 @@ class Weight4bit(CompressedModule):
     bitmask: Tensor
     qvalues: Tensor
     bias: nn.Parameter | None
+    #: Whether the weight is multiplied with: else its codes stay a row each, as a lookup wants them.
+    multiplies = True
 
     def __init__(self, rows: int, columns: int, scheme: str, group_size: int | None, symmetric: bool) -> None:
         if scheme not in SCHEMES_4BIT:
@@ -165,7 +167,7 @@ class Weight4bit(CompressedModule):
         return "packed" in self._buffers or "qweight" in self._non_persistent_buffers_set
 
     def _pack(self) -> None:
-        runs_natively = native is not None and self.device.type == "cpu"
+        runs_natively = self.multiplies and native is not None and self.device.type == "cpu"
         if self._has_layout() or not (runs_natively or self.nnz is not None):
             return
         tensors = self._tensors()

@@ -31,6 +31,8 @@ class Weight8bit(CompressedModule):
     qvalues: Tensor
     scales: Tensor
     bias: nn.Parameter | None
+    #: Whether the weight is multiplied with: else its codes stay a row each, as a lookup wants them.
+    multiplies = True
 
     def __init__(self, rows: int, columns: int, scheme: str) -> None:
         if scheme not in SCHEMES_8BIT:
@@ -103,7 +105,8 @@ class Weight8bit(CompressedModule):
         return "packed" in self._buffers or "qweight" in self._non_persistent_buffers_set
 
     def _pack(self) -> None:
-        runs_natively = native is not None and self.device.type == "cpu" and self.columns <= MOST_FEATURES
+        fits = self.multiplies and self.columns <= MOST_FEATURES
+        runs_natively = fits and native is not None and self.device.type == "cpu"
         if self._has_layout() or not (runs_natively or self.nnz is not None):
             return
         tensors = self._tensors()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,6 +16,8 @@ from pykd.nn.sparse_linear import SparseLinear
 #: Layers with a weight matrix that pruning and quantization can replace, dense or already sparse.
 LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, SparseLinear)
 CONVOLUTION: tuple[type[nn.Module], ...] = (nn.Conv2d, SparseConv2d)
+#: Layers whose rows are looked up; an output projection may share their weight.
+EMBEDDING: tuple[type[nn.Module], ...] = (nn.Embedding,)
 
 
 @dataclass
@@ -37,7 +39,8 @@ def select_layers(
 
     include: shell patterns of the names of layers, or of modules that contain layers; None takes every layer but the
     output heads. exclude: patterns that always win. A layer stays out, and is named with the reason, when its weight is
-    shared with another module, when nn.MultiheadAttention reads it directly, or when it is the model itself.
+    shared with another module, when nn.MultiheadAttention reads it directly, or when it is the model itself. An
+    embedding may share its weight with linear layers and other embeddings, unless one of them is excluded.
     Raises ValueError for a pattern that matches no layer, and when nothing is left.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -61,6 +64,11 @@ def select_layers(
             selection.skipped[name] = "output head"
         else:
             selection.chosen[name] = module
+    for name in [name for name, module in selection.chosen.items() if isinstance(module, nn.Embedding)]:
+        barred = [other for other in sharing(model, name) if selection.skipped.get(other, "").startswith("excluded")]
+        if barred:
+            selection.skipped[name] = f"shares its weight with {barred[0]!r}, which is excluded"
+            del selection.chosen[name]
     if not selection.chosen:
         kind = " or ".join(sorted(cls.__name__ for cls in kinds))
         left_out = "; ".join(f"{name}: {why}" for name, why in list(selection.skipped.items())[:3])
@@ -110,20 +118,43 @@ def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-def _unsafe(model: nn.Module, layers: dict[str, nn.Module], kinds: Collection[type[nn.Module]]) -> dict[str, str]:
+def sharing(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The other modules, by name, that hold the very weight of this layer.
+
+    >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4))
+    >>> model[1].weight = model[0].weight
+    >>> sharing(model, "0")
+    {'1': Linear(in_features=2, out_features=4, bias=True)}
+    """
+    names = {module: other for other, module in model.named_modules()}
+    layer = model.get_submodule(name)
+    return {names[owner]: owner for owner in _owners(names)[id(layer.weight)] if owner is not layer}
+
+
+def _owners(modules: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
+    """id of a parameter -> the modules that hold it."""
     owners: dict[int, list[nn.Module]] = {}
-    names = {module: name for name, module in model.named_modules()}
-    for module in names:
+    for module in modules:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
+    return owners
+
+
+def _unsafe(model: nn.Module, layers: dict[str, nn.Module], kinds: Collection[type[nn.Module]]) -> dict[str, str]:
+    names = {module: name for name, module in model.named_modules()}
+    owners = _owners(names)
     read = {child for module in names if isinstance(module, nn.MultiheadAttention) for child in module.children()}
     reasons: dict[str, str] = {}
     for name, module in layers.items():
         others = [o for p in module.parameters(recurse=False) for o in owners[id(p)] if o is not module]
+        if type(module) is nn.Embedding:
+            others = [other for other in others if type(other) not in (nn.Linear, nn.Embedding)]
         if name == "":
             reasons[name] = "is the model itself, which cannot be replaced in place"
         elif module in read:
             reasons[name] = "nn.MultiheadAttention reads its weight directly"
+        elif isinstance(module, nn.Embedding) and module.max_norm is not None:
+            reasons[name] = "rescales its rows in each lookup (max_norm)"
         elif others:
             reasons[name] = f"shares its weight with {names[others[0]]!r}"
         elif type(module) not in kinds:

@@ -139,6 +139,30 @@ def unpack_r16(
     return qweight, scales, pack_nibbles(points.reshape(strips * STRIP, -1)[:out_features])
 
 
+def rows_r16(
+    packed: Tensor, rows: Tensor, *, in_features: int, group_size: int, code: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The canonical tensors of some output rows, int64 [n], as `unpack_r16` gives them; no other row is read."""
+    groups = groups_of(in_features, group_size)
+    asymmetric = code == "uint4"
+    packed = packed.view(-1, _strip_bytes(groups, asymmetric))
+    blocks, last = _views(packed, groups, asymmetric)
+    strip, row = rows // STRIP, rows % STRIP
+    count = groups.number - 1
+    scales = blocks[:, :, :64].view(-1, count, STRIP, 2)[strip, :, row] if count else packed.new_empty(len(rows), 0, 2)
+    scales = torch.cat((scales, last[:, :64].view(-1, 1, STRIP, 2)[strip, :, row]), dim=1)
+    lines = last[:, 64:].view(-1, groups.padded_last // 8, STRIP, 4)[strip, :, row]
+    if count:
+        first = blocks[:, :, 64:].view(-1, count, groups.padded // 8, STRIP, 4)[strip, :, :, row]
+        lines = torch.cat((first.flatten(1, 2), lines), dim=1)
+    codes = torch.stack((lines & 15, lines >> 4), dim=2).flatten(1)
+    qweight = pack_nibbles(_unpad_groups(codes, groups, in_features))
+    points = None
+    if asymmetric:
+        points = packed[:, : groups.number * STRIP].view(-1, groups.number, STRIP)[strip, :, row]
+    return qweight, scales.view(torch.float16).squeeze(2), None if points is None else pack_nibbles(points)
+
+
 def _strip_bytes(groups: Groups, asymmetric: bool) -> int:
     return _zero_bytes(groups, asymmetric) + groups.number * 2 * STRIP + groups.padded_k * STRIP // 2
 

@@ -44,5 +44,14 @@ def unpack_r16(packed: Tensor, *, out_features: int, in_features: int) -> tuple[
     return codes.view(torch.int8), scales.clone()
 
 
+def rows_r16(packed: Tensor, rows: Tensor, *, in_features: int) -> tuple[Tensor, Tensor]:
+    """The codes [n, in_features] and scales [n] of some output rows, int64 [n]; no other row is read."""
+    strips = packed.view(-1, _strip_bytes(in_features))
+    strip, row = rows // STRIP, rows % STRIP
+    codes = strips[:, _HEADER:].view(len(strips), -1, STRIP, 4)[strip, :, row].flatten(1)[:, :in_features]
+    scales = strips[:, : 4 * STRIP].view(-1, STRIP, 4)[strip, row]
+    return codes.view(torch.int8), scales.view(torch.float32)[:, 0]
+
+
 def _strip_bytes(in_features: int) -> int:
     return _HEADER + -(-in_features // 4) * 4 * STRIP

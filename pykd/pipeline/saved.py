@@ -22,7 +22,7 @@ from pykd.models.adapter import logits, num_classes, origin
 from pykd.models.huggingface import TASKS, load_huggingface
 from pykd.pipeline.sources import build_data
 from pykd.pruning import prune
-from pykd.quantization import METHODS, check_method, quantize
+from pykd.quantization import METHODS, check_embeddings, check_method, quantize
 from pykd.recipe import RecipeLike, load_recipe
 
 #: Side of the image that a model is tried with when nothing says what it was made for.
@@ -82,6 +82,7 @@ def quantize_saved(
     Raises RecipeError when there is no recipe to take the data from.
     """
     check_method(options.get("scheme", "w4a16"), method, symmetric=options.get("symmetric", True))
+    check_embeddings(options.get("embeddings"))
     calibrated = METHODS[method].calibrated
 
     def verb(model: nn.Module) -> None:

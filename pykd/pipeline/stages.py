@@ -85,6 +85,7 @@ def _quantize(settings: Any, model: nn.Module, context: Context) -> nn.Module:
         samples=settings.samples,
         batch_size=settings.batch_size,
         seed=context.recipe.seed,
+        embeddings=settings.embeddings,
         include=settings.include,
         exclude=settings.exclude,
     )

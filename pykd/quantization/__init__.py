@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pykd.quantization.embeddings import EMBEDDING_SCHEMES, check_embeddings
 from pykd.quantization.inputs import Inputs
 from pykd.quantization.methods import METHODS, check_method
 from pykd.quantization.quantize import quantize
 from pykd.quantization.schemes import SCHEMES
 
-__all__ = ["METHODS", "SCHEMES", "Inputs", "check_method", "quantize"]
+__all__ = [
+    "EMBEDDING_SCHEMES",
+    "METHODS",
+    "SCHEMES",
+    "Inputs",
+    "check_embeddings",
+    "check_method",
+    "quantize",
+]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from pykd.errors import DataError
 from pykd.nn import CompressedModule
 from pykd.nn.linear_4bit import SCHEMES_4BIT
-from pykd.nn.selection import CONVOLUTION, LINEAR, replace_layer, select_layers
+from pykd.nn.selection import CONVOLUTION, EMBEDDING, LINEAR, replace_layer, select_layers
 from pykd.quantization.calibration import Batch, Data, calibrate, calibration_batches
+from pykd.quantization.embeddings import check_embeddings, quantize_embeddings
 from pykd.quantization.inputs import Inputs
 from pykd.quantization.methods import METHODS, Choose, Method, check_method
 from pykd.quantization.schemes import Scheme, eight_bit, four_bit
@@ -39,10 +40,11 @@ def quantize(
     samples: int = 256,
     batch_size: int = 16,
     seed: int = 0,
+    embeddings: str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> Model:
-    """Quantize the Linear and Conv2d layers of ``model`` in place; returns it.
+    """Quantize the Linear and Conv2d layers of ``model`` in place, and its embeddings on request; returns it.
 
     Args:
         scheme: "w4a16", "nf4", "fp4" (weights in 4 bits), "w8a8" (weights and, at each call, activations in 8 bits),
@@ -57,7 +59,13 @@ def quantize(
         data: examples for the methods that look at inputs, not read by "rtn" and "hqq": a DataBundle (its training
             split), or an iterable of batches, as dicts of tensors by input name or as tensors. Labels are not used.
         samples: how many examples; batch_size: how many at once, from a DataBundle; seed: which, from a DataBundle.
-        include, exclude: shell patterns of layer names; by default all but embeddings, norms and output heads.
+        embeddings: scheme of the embeddings, "w4a16", "nf4", "fp4" or "w8a16", by plain rounding; None leaves them as
+            they are. "w8a16" goes with any ``scheme``: it costs next to nothing, and embeddings can be half a model.
+        include, exclude: shell patterns of layer names, embeddings too; by default all but norms and output heads.
+
+    A weight that an embedding shares with an output projection or with other embeddings is quantized once and stays
+    shared: these layers then compute with the embedding's tensors (`pykd.nn.TiedLinear`), under one of the patterns or
+    not; excluding one of them leaves all as they are.
 
     Layers are quantized in the order in which the model runs them, each by the inputs that it gets behind the packed
     ones; the statistics of one input are in memory at a time: 4 * in_features^2 bytes, and a few times that while codes
@@ -74,6 +82,7 @@ def quantize(
     'Linear4bit'
     """
     check_method(scheme, method, symmetric=symmetric)
+    check_embeddings(embeddings)
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size is the number of inputs that share a scale, at least 1, got {group_size!r}")
     chosen = Method(method, data is not None) if callable(method) else METHODS[method]
@@ -87,20 +96,37 @@ def quantize(
             )
         batches = calibration_batches(data, samples=samples, batch_size=batch_size, seed=seed)
     require_finite_weights(model, "model")
-    selection = select_layers(model, (*LINEAR, *CONVOLUTION), include=include, exclude=exclude)
+    kinds = (*LINEAR, *CONVOLUTION, *(EMBEDDING if embeddings is not None else ()))
+    selection = select_layers(model, kinds, include=include, exclude=exclude)
     parameters = {
         "scheme": _name(scheme),
         "group_size": group_size,
         "symmetric": symmetric,
         "samples": None if batches is None else sum(len(next(iter(batch.values()))) for batch in batches),
+        "embeddings": embeddings,
         "include": None if include is None else list(include),
         "exclude": None if exclude is None else list(exclude),
     }
-    names, skipped = list(selection.chosen), selection.skipped
+    tables = [name for name, layer in selection.chosen.items() if isinstance(layer, EMBEDDING)]
+    names, skipped = [name for name in selection.chosen if name not in tables], selection.skipped
     del selection  # holds the dense layers
     with recorded_change(model, stage="quantize", method=_name(method), parameters=parameters) as facts:
-        changed, left = _quantize_layers(model, names, pack, batches)
-        facts.update(changed=changed, skipped={**skipped, **left})
+        changed: dict[str, dict[str, Any]] = {}
+        left: dict[str, str] = {}
+        if embeddings is not None and tables:  # first: the layers behind them are calibrated by the packed ones
+            changed, left = quantize_embeddings(
+                model,
+                tables,
+                embeddings,
+                group_size=group_size,
+                symmetric=symmetric or embeddings != "w4a16",
+                least_saving_bytes=LEAST_SAVING_BYTES,
+            )
+        if names:
+            packed, unpacked = _quantize_layers(model, names, pack, batches)
+            changed, left = {**changed, **packed}, {**left, **unpacked}
+        skipped = {name: reason for name, reason in {**skipped, **left}.items() if name not in changed}
+        facts.update(changed=changed, skipped=skipped)
     return model
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pykd.errors import nearest
 from pykd.pruning import METHODS
-from pykd.quantization import check_method
+from pykd.quantization import check_embeddings, check_method
 from pykd.training import TrainConfig
 
 
@@ -109,6 +109,7 @@ class Quantize(Section):
     symmetric: bool = Field(True, description="false stores zero points; scheme w4a16 only")
     samples: int = Field(256, ge=1, description="training examples that gptq and awq look at")
     batch_size: int = Field(16, ge=1, description="of them at once")
+    embeddings: str | None = Field(None, description="scheme of the embeddings: w8a16, w4a16, nf4 or fp4; none: as is")
     include: list[str] | None = None
     exclude: list[str] | None = None
 
@@ -123,6 +124,12 @@ class Quantize(Section):
     def _known_method(cls, method: str) -> str:
         check_method("w4a16", method)
         return method
+
+    @field_validator("embeddings")
+    @classmethod
+    def _known_embeddings(cls, scheme: str | None) -> str | None:
+        check_embeddings(scheme)
+        return scheme
 
     @model_validator(mode="after")
     def _fit(self) -> Quantize:

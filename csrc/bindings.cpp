@@ -173,11 +173,12 @@ PYBIND11_MODULE(_C, m) {
         "rows + the first row with an id out of range.");
   bind_sparse(m);
   m.attr("linear_4bit_rows") = pykd::kLinear4bitRows;
+  m.attr("linear_4bit_fold") = pykd::kLinear4bitFold;
   m.def(
       "linear_4bit",
       [](uintptr_t x, int64_t x_stride, uintptr_t packed, uintptr_t codebook, uintptr_t bias, uintptr_t y,
          uintptr_t scratch, int64_t rows, int64_t in_features, int64_t out_features, int64_t group_size, int code,
-         int dtype, int bias_dtype, int threads) {
+         bool rounds, int dtype, int bias_dtype, int threads) {
         pykd::Linear4bitArgs args{};
         args.x = reinterpret_cast<const void*>(x);
         args.x_stride = x_stride;
@@ -194,10 +195,10 @@ PYBIND11_MODULE(_C, m) {
         args.dtype = dtype;
         args.bias_dtype = bias_dtype;
         args.threads = threads;
-        pykd::table().linear_4bit(args);
+        rounds ? pykd::table().linear_4bit_rounded(args) : pykd::table().linear_4bit(args);
       },
       py::call_guard<py::gil_scoped_release>(),
-      "y = x W^T + bias for a weight in layout int4_r16: see Linear4bitArgs.");
+      "y = x W^T + bias for a weight in layout int4_r16, x rounded to int8 or not: see Linear4bitArgs.");
   m.attr("linear_8bit_rows") = pykd::kLinear8bitRows;
   m.attr("linear_8bit_features") = pykd::kLinear8bitFeatures;
   m.def(

@@ -63,7 +63,12 @@ enum Code4 : int { kInt4 = 0, kUint4 = 1, kCodebook4 = 2 };
 // Rows of activations that are packed at a time: linear_4bit's scratch holds this many (or all, if fewer).
 constexpr int64_t kLinear4bitRows = 384;
 
-// Linear layer over a packed 4-bit weight: see csrc/cpu/linear_4bit.cpp.
+// linear_4bit_rounded adds integers over at least so many k of a group before it multiplies them by scales: folds are
+// padded k / kLinear4bitFold, rounded up, in each group.
+constexpr int64_t kLinear4bitFold = 64;
+
+// Linear layer over a packed 4-bit weight: see csrc/cpu/linear_4bit.cpp, and csrc/cpu/linear_4bit_rounded.cpp with
+// activations rounded to int8 (not for kCodebook4).
 struct Linear4bitArgs {
   const void* x;          // [rows, in_features] of dtype; the last dimension is contiguous
   int64_t x_stride;       // elements from one row of x to the next
@@ -71,7 +76,7 @@ struct Linear4bitArgs {
   const float* codebook;  // [16] float32 for kCodebook4, else null
   const void* bias;       // [out_features] of bias_dtype, or null
   void* y;                // [rows, out_features] of dtype, contiguous
-  float* scratch;         // [min(rows, kLinear4bitRows), padded_k] float32
+  float* scratch;         // [n, padded_k], rounded: [n, padded_k / 4 + 3 * folds], n = min(rows, kLinear4bitRows)
   int64_t rows, in_features, out_features, group_size;
   int code;               // Code4
   int dtype, bias_dtype;  // DType
@@ -137,14 +142,15 @@ struct BitmaskArgs {
 };
 
 // X(op, arguments)
-#define PYKD_OPS(X)                  \
-  X(kl_div, KlDivArgs)               \
-  X(kl_div_topk, KlDivTopkArgs)      \
-  X(linear_4bit, Linear4bitArgs)     \
-  X(linear_8bit, Linear8bitArgs)     \
-  X(sparse_linear, SparseLinearArgs) \
-  X(sparse_panels, SparsePanelsArgs) \
-  X(bitmask_expand, BitmaskArgs)     \
+#define PYKD_OPS(X)                      \
+  X(kl_div, KlDivArgs)                   \
+  X(kl_div_topk, KlDivTopkArgs)          \
+  X(linear_4bit, Linear4bitArgs)         \
+  X(linear_4bit_rounded, Linear4bitArgs) \
+  X(linear_8bit, Linear8bitArgs)         \
+  X(sparse_linear, SparseLinearArgs)     \
+  X(sparse_panels, SparsePanelsArgs)     \
+  X(bitmask_expand, BitmaskArgs)         \
   X(bitmask_gather, BitmaskArgs)
 
 #define PYKD_DECLARE(op, Args) void op(const Args& args);

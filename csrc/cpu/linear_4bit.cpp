@@ -1,12 +1,10 @@
-// y = x W^T + bias for a 4-bit weight in the layout `int4_r16` (pykd/ops/int4_r16.py):
+// y = x W^T + bias for a 4-bit weight in the layout `int4_r16` (linear_4bit_layout.h), activations kept as they are.
 //
-//   strip  32 output rows: [uint4 only: groups x 32 zero points, one byte each, padded to 64] groups blocks
-//   block  one group of those rows: 32 fp16 scales, then a pair of 64-byte lines per 8 k: rows 0-15, rows 16-31
-//
-// so that a thread reads its weights as one sequential stream. Weights are decoded in registers, next to the multiply-
-// adds (a decoded slab in cache would cost loads that the register tile needs for activations), used for all rows of a
-// panel of activations, summed in float32 without their scale, and folded into the total once per group.
+// Weights are decoded in registers, next to the multiply-adds (a decoded slab in cache would cost loads that the
+// register tile needs for activations), used for all rows of a panel of activations, summed in float32 without their
+// scale, and folded into the total once per group.
 #include "cpu/linear_4bit_decode.h"
+#include "cpu/linear_4bit_layout.h"
 #include "cpu/linear_rows.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -14,8 +12,6 @@
 
 namespace pykd::PYKD_LEVEL {
 namespace {
-
-constexpr int64_t kScaleBytes = kStrip * 2;
 
 // From so many rows on (for a codebook kSlabFromTable, whose decoding is dearer) weights are decoded once into a slab
 // instead of once per panel.
@@ -27,29 +23,13 @@ constexpr int64_t kSlabFrom = 8, kSlabFromTable = 6;
 constexpr int64_t kSlabFrom = 8, kSlabFromTable = 8;
 #endif
 
-struct Shape {
-  int64_t groups, group, padded_group, padded_last, padded_k, zero_bytes, strip_bytes;
-
-  explicit Shape(const Linear4bitArgs& a) {
-    const int64_t eight = 7;
-    group = a.group_size < a.in_features ? a.group_size : a.in_features;
-    groups = (a.in_features + group - 1) / group;
-    padded_group = (group + eight) & ~eight;
-    padded_last = (a.in_features - (groups - 1) * group + eight) & ~eight;
-    padded_k = (groups - 1) * padded_group + padded_last;
-    zero_bytes = a.code == kUint4 ? (groups * kStrip + 63) / 64 * 64 : 0;
-    strip_bytes = zero_bytes + groups * kScaleBytes + padded_k * (kStrip / 2);
-  }
-  int64_t size(int64_t g) const { return g + 1 < groups ? padded_group : padded_last; }  // k of group g in the layout
-};
-
 // --- activations
 // ------------------------------------------------------------------------------------------------------
 
 // Panel: [padded_k][rows] floats, zero where the layout pads. Where the decoder leaves a weight multiplied by a power
 // of two, the activation is divided by it: exact above 2^-102, and below that the product is under 2^-98 of the scale.
 template <class T, bool kPlaced>
-void pack_panel(const T* x, int64_t stride, int rows, const Linear4bitArgs& a, const Shape& s, float* panel) {
+void pack_panel(const T* x, int64_t stride, int rows, const Linear4bitArgs& a, const Int4R16& s, float* panel) {
   float factor[8];
   for (int kk = 0; kk < 8; ++kk)
     factor[kk] = kPlaced && place(kk) < 28 ? bits_to_float(static_cast<uint32_t>(127 - place(kk)) << 23) : 1.0f;
@@ -80,7 +60,7 @@ PYKD_INLINE void multiply(const Decoder& decoder, const Words (&words)[NV], cons
 
 // total[m][row] of NV * kWidth outputs from `row` on, for the MR rows of a panel.
 template <int NV, int MR, class Decoder>
-void tile(Decoder decoder, const Shape& s, const uint8_t* strip, int row, const float* panel, float* total) {
+void tile(Decoder decoder, const Int4R16& s, const uint8_t* strip, int row, const float* panel, float* total) {
   const uint8_t* block = strip + s.zero_bytes;
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t eights = s.size(g) / 8;
@@ -118,7 +98,7 @@ void tile(Decoder decoder, const Shape& s, const uint8_t* strip, int row, const 
 // ---------------------------------------------------------------------
 
 template <int MR, template <int> class Decoder>
-PYKD_INLINE void strip_rows(const Linear4bitArgs& a, const Shape& s, const uint8_t* strip, const float* panel,
+PYKD_INLINE void strip_rows(const Linear4bitArgs& a, const Int4R16& s, const uint8_t* strip, const float* panel,
                             float* total) {
   constexpr int NV = vectors(MR);
   for (int i = 0; i < MR * kStrip; ++i) total[i] = 0.0f;
@@ -127,7 +107,7 @@ PYKD_INLINE void strip_rows(const Linear4bitArgs& a, const Shape& s, const uint8
 }
 
 template <template <int> class Decoder, int MR = kRows>
-void strip_panel(int rows, const Linear4bitArgs& a, const Shape& s, const uint8_t* strip, const float* panel,
+void strip_panel(int rows, const Linear4bitArgs& a, const Int4R16& s, const uint8_t* strip, const float* panel,
                  float* total) {
   if constexpr (MR > 1) {
     if (rows < MR) return strip_panel<Decoder, MR - 1>(rows, a, s, strip, panel, total);
@@ -141,11 +121,11 @@ void strip_panel(int rows, const Linear4bitArgs& a, const Shape& s, const uint8_
 // slab[k][kSlabOutputs] = weights of k in [first, last), scaled, for outputs from `row` on. (code - 8) * scale and
 // (code - zero) * scale are exact in float32.
 template <class Decoder>
-void decode_slab(Decoder decoder, const Shape& s, const uint8_t* strip, int row, const uint8_t* zeros,
+void decode_slab(Decoder decoder, const Int4R16& s, const uint8_t* strip, int row, const uint8_t* zeros,
                  int64_t zero_step, int64_t first, int64_t last, float* slab) {
   int64_t g = first / s.padded_group;
   for (int64_t k = first; k < last; ++g) {
-    const uint8_t* block = strip + s.zero_bytes + g * (kScaleBytes + s.padded_group * (kStrip / 2));
+    const uint8_t* block = strip + s.block(g);
     const int64_t start = g * s.padded_group, end = start + s.size(g);
     F32 scale[kSlabVectors];
     for (int i = 0; i < kSlabVectors; ++i) {
@@ -173,7 +153,7 @@ void decode_slab(Decoder decoder, const Shape& s, const uint8_t* strip, int row,
 // -----------------------------------------------------------------------------------------------------------
 
 template <class T, bool kPlaced>
-void pack_panels(const Linear4bitArgs& a, const Shape& s, const Panels& panels, int64_t first) {
+void pack_panels(const Linear4bitArgs& a, const Int4R16& s, const Panels& panels, int64_t first) {
   const T* x = static_cast<const T*>(a.x) + first * a.x_stride;
   parallel_for(panels.count, grain(kRows * s.padded_k), a.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p)
@@ -192,28 +172,21 @@ struct TableOf : Table {
 };
 
 template <class T, template <int> class Decoder>
-void few_rows(const Linear4bitArgs& a, const Shape& s, int64_t first, int64_t rows) {
+void few_rows(const Linear4bitArgs& a, const Int4R16& s, int64_t first, int64_t rows) {
   const Panels panels(rows, kRows);
   pack_panels<T, Decoder<1>::kPlaced>(a, s, panels, first);
-  // Few strips: threads share a strip and split its panels.
-  const int64_t strips = (a.out_features + kStrip - 1) / kStrip;
-  const int64_t pieces = strips >= 4 * a.threads ? 1 : panels.count;
-  parallel_for(strips * pieces, grain(kStrip * s.padded_k * rows / pieces), a.threads,
-               [&](int64_t begin, int64_t end, int) {
-                 alignas(64) float total[kRows * kStrip];
-                 for (int64_t item = begin; item < end; ++item) {
-                   const int64_t strip = item / pieces, piece = item % pieces;
-                   const uint8_t* weights = a.packed + strip * s.strip_bytes;
-                   for (int64_t p = panels.count * piece / pieces; p < panels.count * (piece + 1) / pieces; ++p) {
-                     strip_panel<Decoder>(panels.size(p), a, s, weights, a.scratch + panels.row(p) * s.padded_k, total);
-                     write_out<T, kStrip>(a, total, strip * kStrip, first + panels.row(p), panels.size(p));
-                   }
-                 }
-               });
+  for_strips(s.strips, s.padded_k, a.threads, panels, [&](int64_t strip, int64_t begin, int64_t end) {
+    alignas(64) float total[kRows * kStrip];
+    for (int64_t p = begin; p < end; ++p) {
+      strip_panel<Decoder>(panels.size(p), a, s, a.packed + strip * s.strip_bytes,
+                           a.scratch + panels.row(p) * s.padded_k, total);
+      write_out<T, kStrip>(a, total, strip * kStrip, first + panels.row(p), panels.size(p));
+    }
+  });
 }
 
 template <class T, class Decoder>
-void many_rows(const Linear4bitArgs& a, const Shape& s, int64_t first, int64_t rows) {
+void many_rows(const Linear4bitArgs& a, const Int4R16& s, int64_t first, int64_t rows) {
   alignas(64) static const uint8_t eights[kStrip] = {8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8,
                                                      8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8};
   const Panels panels(rows, kRows);
@@ -241,7 +214,7 @@ void many_rows(const Linear4bitArgs& a, const Shape& s, int64_t first, int64_t r
 
 template <class T>
 void run(const Linear4bitArgs& a) {
-  const Shape s(a);
+  const Int4R16 s(a);
   const int64_t slab_from = a.code == kCodebook4 ? kSlabFromTable : kSlabFrom;
   for (int64_t first = 0; first < a.rows; first += kLinear4bitRows) {
     const int64_t left = a.rows - first, rows = left < kLinear4bitRows ? left : kLinear4bitRows;

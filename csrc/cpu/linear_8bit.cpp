@@ -35,37 +35,10 @@ struct Shape {
 
 F32 scales_at(const uint8_t* strip, int row) { return load(reinterpret_cast<const float*>(strip) + row); }
 
-// Calls fn(strip, first panel, last panel): for few strips, threads share a strip and split its panels.
-template <class Fn>
-void for_strips(const Linear8bitArgs& a, const Shape& s, const Panels& panels, const Fn& fn) {
-  const int64_t pieces = s.strips >= 4 * a.threads ? 1 : panels.count;
-  parallel_for(s.strips * pieces, grain(kStrip * s.padded_k * panels.rows / pieces), a.threads,
-               [&](int64_t begin, int64_t end, int) {
-                 for (int64_t item = begin; item < end; ++item) {
-                   const int64_t piece = item % pieces;
-                   fn(item / pieces, panels.count * piece / pieces, panels.count * (piece + 1) / pieces);
-                 }
-               });
-}
-
 // --- w8a8: integer sums ---------------------------------------------------------------------------------------------
 
 // k at a time: the weights of a strip, 16 KB, stay in the first-level cache while all panels use them.
 constexpr int64_t kBlock = 512;
-
-// What a thread's stream of weights continues with is prefetched into the second-level cache, spread evenly over all
-// tiles that use the weights before it: left to the first panel, or to the hardware, memory would wait for the
-// arithmetic of the other panels and these for memory.
-struct Prefetch {
-  const uint8_t* next;
-  int64_t stride;  // bytes a tile asks for in each of its steps
-  template <int NV>
-  PYKD_INLINE void step() {
-    __builtin_prefetch(next, 0, 2);
-    if (NV * kWidth == kStrip && stride > 64) __builtin_prefetch(next + 64, 0, 2);  // a lone panel
-    next += stride;
-  }
-};
 
 // sums[m][row ...] += NV * kWidth outputs of a block for the MR rows of a panel of codes [quads][MR][4]; with `starts`,
 // of a strip's first block, = starts + those.
@@ -132,7 +105,7 @@ void rounded_rows(const Linear8bitArgs& a, const Shape& s, int64_t first, int64_
         row_scales[m] = round_row(x + m * a.x_stride, a.in_features, s.padded_k, 4 * panels.size(p),
                                   codes + panels.row(p) * s.padded_k + (m - panels.row(p)) * 4);
   });
-  for_strips(a, s, panels, [&](int64_t item, int64_t begin, int64_t end) {
+  for_strips(s.strips, s.padded_k, a.threads, panels, [&](int64_t item, int64_t begin, int64_t end) {
     alignas(64) int32_t sums[kLinear8bitRows * kStrip];
     const uint8_t* strip = a.packed + item * s.strip_bytes;
     const int64_t tiles = (end - begin) * kStrip / (code_vectors(panels.size(begin)) * kWidth);
@@ -214,7 +187,7 @@ template <class T>
 void few_rows(const Linear8bitArgs& a, const Shape& s, int64_t first, int64_t rows) {
   const Panels panels(rows, kRows);
   pack_panels<T>(a, s, panels, first);
-  for_strips(a, s, panels, [&](int64_t strip, int64_t begin, int64_t end) {
+  for_strips(s.strips, s.padded_k, a.threads, panels, [&](int64_t strip, int64_t begin, int64_t end) {
     alignas(64) float total[kRows * kStrip];
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = panels.row(p);

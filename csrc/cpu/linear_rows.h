@@ -1,6 +1,7 @@
 // What linear layers over packed weights share: rows spread over panels, the float32 register tile, and the way out.
 #pragma once
 
+#include "cpu/parallel.h"
 #include "cpu/vec.h"
 #include "ops.h"
 
@@ -30,6 +31,34 @@ struct Panels {
 
 // Items for a thread to be worth waking, when one item is `work` multiply-adds.
 PYKD_INLINE int64_t grain(int64_t work) { return 1 + (1 << 15) / (work + 1); }
+
+// Calls fn(strip, first panel, last panel) for strips of padded_k inputs: for few strips, threads share a strip and
+// split its panels.
+template <class Fn>
+void for_strips(int64_t strips, int64_t padded_k, int threads, const Panels& panels, const Fn& fn) {
+  const int64_t pieces = strips >= 4 * threads ? 1 : panels.count;
+  parallel_for(strips * pieces, grain(kStrip * padded_k * panels.rows / pieces), threads,
+               [&](int64_t begin, int64_t end, int) {
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t piece = item % pieces;
+                   fn(item / pieces, panels.count * piece / pieces, panels.count * (piece + 1) / pieces);
+                 }
+               });
+}
+
+// What a thread's stream of weights continues with is prefetched into the second-level cache, spread evenly over all
+// tiles that use the weights before it: left to the first panel, or to the hardware, memory would wait for the
+// arithmetic of the other panels and these for memory.
+struct Prefetch {
+  const uint8_t* next;
+  int64_t stride;  // bytes a tile asks for in each of its steps
+  template <int NV>
+  PYKD_INLINE void step() {
+    __builtin_prefetch(next, 0, 2);
+    if (NV * kWidth == kStrip && stride > 64) __builtin_prefetch(next + 64, 0, 2);  // a lone panel
+    next += stride;
+  }
+};
 
 // --- many rows: a slab of decoded weights ---------------------------------------------------------------------------
 

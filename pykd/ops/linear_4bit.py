@@ -1,4 +1,5 @@
-"""The 4-bit linear layer: int4, uint4, NF4 and FP4 weights, exact in the activation's dtype (w4a16, nf4, fp4)."""
+"""The 4-bit linear layer: int4, uint4, NF4 and FP4 weights, exact in the activation's dtype (w4a16, nf4, fp4), or int4
+and uint4 with activations rounded to int8 inside the call (w4a8)."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ from pykd.ops.dispatch import (
     triton_available,
 )
 from pykd.ops.int4_r16 import CODES, codebook, dequantize, groups_of, packed_bytes, unpack_r16
+from pykd.ops.linear_8bit import quantize_rows
 
 TABLE.extend(
     [
@@ -33,6 +35,7 @@ TABLE.extend(
         Route("linear_4bit", "cpu", "canonical layout, float64, or no native module", "reference"),
         Route("linear_4bit", "cuda", "1-8 rows", "CUDA kernel, else Triton, else reference"),
         Route("linear_4bit", "cuda", "9 rows and more", "Triton, else CUDA kernel, else reference"),
+        Route("linear_4bit", "cuda", "inputs int8", "as for float32, with the rounded inputs"),
         Route("linear_4bit", "cuda", "float64", "reference"),
     ]
 )
@@ -40,9 +43,12 @@ TABLE.extend(
 #: Up to this many rows the CUDA kernel streams the weight once per call; beyond, Triton's tiles reuse it.
 CUDA_ROWS = 8
 
+#: How activations enter the products: as they are, or rounded to int8 with a scale per row and group.
+INPUTS: dict[str, bool] = {"keep": False, "int8": True}
+
 lib.define(  # type: ignore[no-untyped-call]
     "linear_4bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor? bias, str code, "
-    "int out_features, int group_size) -> Tensor"
+    "int out_features, int group_size, str inputs='keep') -> Tensor"
 )
 lib.define(  # type: ignore[no-untyped-call]
     "dequantize_4bit(Tensor qweight, Tensor? scales, Tensor? zeros, str code, int out_features, int in_features, "
@@ -50,13 +56,41 @@ lib.define(  # type: ignore[no-untyped-call]
 )
 
 
+def quantize_groups(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Dynamic quantization of activations [rows, in_features]: int8 in -127..127, and float32 scales [rows, groups].
+
+    Each group of a row as a row in `pykd.ops.linear_8bit.quantize_rows`: scale = absmax / 127, NaN where the group
+    holds NaN or infinity.
+    """
+    size, groups, _, _ = groups_of(x.shape[1], group_size)
+    padded = F.pad(x, (0, size * groups - x.shape[1]))
+    codes, scales = quantize_rows(padded.reshape(-1, size))
+    return codes.view(padded.shape)[:, : x.shape[1]], scales.view(x.shape[0], groups)
+
+
+def _rounded(x: Tensor, group_size: int) -> Tensor:
+    """x as `quantize_groups` leaves it: code * scale, in float32 or float64."""
+    codes, scales = quantize_groups(x.reshape(-1, x.shape[-1]), group_size)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size = groups_of(x.shape[-1], group_size).size
+    return (codes.to(wide) * scales.to(wide).repeat_interleave(size, dim=1)[:, : x.shape[-1]]).view(x.shape)
+
+
 def linear_4bit_reference(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, code: str, group_size: int
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    code: str,
+    group_size: int,
+    inputs: str = "keep",
 ) -> Tensor:
     """x W^T + bias in float32 (float64 for float64 x) with the dequantized weight; the result in x's dtype."""
     weight = dequantize(qweight, scales, zeros, code=code, in_features=x.shape[-1], group_size=group_size)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+    value = _rounded(x, group_size) if INPUTS[inputs] else x.to(wide)
+    return F.linear(value, weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
 
 
 def linear_4bit(
@@ -69,12 +103,17 @@ def linear_4bit(
     code: str = "int4",
     out_features: int | None = None,
     group_size: int = 32,
+    inputs: str = "keep",
 ) -> Tensor:
-    """y = x W^T + bias over a group-wise 4-bit weight (W4A16; NF4: Dettmers et al. 2023, QLoRA).
+    """y = x W^T + bias over a group-wise 4-bit weight (W4A16, W4A8; NF4: Dettmers et al. 2023, QLoRA).
 
-    The weight is dequantized exactly and products are summed in float32; the result has x's dtype, whatever that is:
-    nothing is rounded to a smaller type on the way. int4: W = (q - 8) * scale; uint4: (q - zero) * scale; nf4 and fp4:
-    table[q] * scale, one scale per group of `group_size` consecutive inputs of a row.
+    int4: W = (q - 8) * scale; uint4: (q - zero) * scale; nf4 and fp4: table[q] * scale, one scale per group of
+    `group_size` consecutive inputs of a row. With `inputs="keep"` the weight is dequantized exactly and products are
+    summed in float32; the result has x's dtype, whatever that is: nothing is rounded to a smaller type on the way.
+
+    With `inputs="int8"`, y = sum over groups g of (sum over k in g of x_q (q - zero)) * x_scale_g * scale_g, + bias,
+    where x_scale_g = absmax / 127 of the group of the row of x, and x_q = x / x_scale_g to the nearest integer, ties to
+    even. The sums in the inner brackets are exact in the native kernel, and added up in float32.
 
     Args:
         x: activations [..., in_features]; float32, bfloat16, float16 (float64 runs the reference). Any strides.
@@ -86,9 +125,11 @@ def linear_4bit(
         code: "int4", "uint4", "nf4" or "fp4".
         out_features: needed with the CPU layout only.
         group_size: at least 1; a group longer than the row is the whole row. It need not divide in_features.
+        inputs: "keep", or "int8" with "int4" and "uint4": rounded inside the call, with a scale per row and group.
 
-    Returns [..., out_features]. Differentiable in x and bias; the weight is a constant. Raises ValueError for an
-    unknown code and for shapes or dtypes that do not fit each other.
+    Returns [..., out_features]; with int8 inputs, NaN for a row of x that holds NaN or infinity. Differentiable in x
+    and bias; the weight is a constant. The gradient to x is that of the dequantized weight (straight through the
+    rounding of x). Raises ValueError for unknown names and for shapes or dtypes that do not fit each other.
 
     >>> from pykd.nn.codecs.four_bit import quantize_4bit
     >>> w = quantize_4bit(torch.eye(4), group_size=4)
@@ -97,10 +138,10 @@ def linear_4bit(
             [1., 1., 1., 1.]])
     """
     out = qweight.shape[0] if out_features is None else out_features
-    _check(x, qweight, scales, zeros, bias, code, out, group_size)
+    _check(x, qweight, scales, zeros, bias, code, out, group_size, inputs)
     if skips_dispatcher(x, bias):
-        return _cpu(x, qweight, scales, zeros, bias, code, out, group_size)
-    result: Tensor = torch.ops.pykd.linear_4bit(x, qweight, scales, zeros, bias, code, out, group_size)
+        return _cpu(x, qweight, scales, zeros, bias, code, out, group_size, inputs)
+    result: Tensor = torch.ops.pykd.linear_4bit(x, qweight, scales, zeros, bias, code, out, group_size, inputs)
     return result
 
 
@@ -113,9 +154,14 @@ def _check(
     code: str,
     out: int,
     group_size: int,
+    inputs: str,
 ) -> None:
     if code not in CODES:
         raise ValueError(nearest("4-bit code", code, CODES))
+    if inputs not in INPUTS:
+        raise ValueError(nearest("way to take inputs", inputs, INPUTS))
+    if INPUTS[inputs] and code not in ("int4", "uint4"):
+        raise ValueError(f"inputs='int8' needs weights that are whole numbers, int4 or uint4, got {code!r}")
     if x.dim() < 1 or x.shape[-1] < 1 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [..., in_features >= 1], got {x.dtype} {list(x.shape)}")
     if group_size < 1:
@@ -150,17 +196,24 @@ def _reference(
     code: str,
     out_features: int,
     group_size: int,
+    inputs: str = "keep",
 ) -> Tensor:
     if scales is None:
         qweight, scales, zeros = unpack_r16(
             qweight, out_features=out_features, in_features=x.shape[-1], group_size=group_size, code=code
         )
-    return linear_4bit_reference(x, qweight, scales, zeros, bias, code, group_size)
+    return linear_4bit_reference(x, qweight, scales, zeros, bias, code, group_size, inputs)
 
 
 @functools.cache
-def _padded_k(in_features: int, group_size: int) -> int:
-    return groups_of(in_features, group_size).padded_k
+def _scratch_per_row(in_features: int, group_size: int, inputs: str) -> int:
+    """float32 elements: see `scratch` of Linear4bitArgs in csrc/ops.h."""
+    groups = groups_of(in_features, group_size)
+    if not INPUTS[inputs]:
+        return groups.padded_k
+    fold: int = native.linear_4bit_fold
+    folds = (groups.number - 1) * -(-groups.padded // fold) + -(-groups.padded_last // fold)
+    return groups.padded_k // 4 + 3 * folds
 
 
 @torch.library.impl(lib, "linear_4bit", "CPU")
@@ -173,16 +226,17 @@ def _cpu(
     code: str,
     out_features: int,
     group_size: int,
+    inputs: str = "keep",
 ) -> Tensor:
     if native is None or scales is not None or x.dtype not in DTYPE_CODES:
-        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size)
+        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs)
     features = x.shape[-1]
     flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, features).contiguous()
     rows = flat.shape[0]
     y = torch.empty(rows, out_features, dtype=x.dtype)
     if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    scratch = torch.empty(min(rows, native.linear_4bit_rows) * _padded_k(features, group_size))
+    scratch = torch.empty(min(rows, native.linear_4bit_rows) * _scratch_per_row(features, group_size, inputs))
     table = codebook(code, qweight.device)
     native.linear_4bit(
         flat.data_ptr(),
@@ -197,6 +251,7 @@ def _cpu(
         out_features,
         group_size,
         CODES[code],
+        INPUTS[inputs],
         DTYPE_CODES[x.dtype],
         0 if bias is None else DTYPE_CODES[bias.dtype],
         num_threads(),
@@ -214,10 +269,14 @@ def _cuda(
     code: str,
     out_features: int,
     group_size: int,
+    inputs: str = "keep",
 ) -> Tensor:
     library = cuda_library()
     if scales is None or x.dtype not in DTYPE_CODES or not (library or triton_available()):
-        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size)
+        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs)
+    if INPUTS[inputs]:
+        value = _rounded(x, group_size)
+        return _cuda(value, qweight, scales, zeros, bias, code, out_features, group_size).to(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     qweight, scales, zeros = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
@@ -271,6 +330,7 @@ def _fake(
     code: str,
     out_features: int,
     group_size: int,
+    inputs: str = "keep",
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -307,7 +367,7 @@ def _fake_dequantize(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scales, zeros, bias, code, out_features, group_size = inputs
+    x, qweight, scales, zeros, bias, code, out_features, group_size, _ = inputs
     ctx.save_for_backward(qweight, scales, zeros)
     ctx.options = code, out_features, x.shape[-1], group_size
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -322,7 +382,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx = torch.matmul(grad.to(wide), weight.to(wide)).to(grad.dtype)
     if ctx.needs_input_grad[4]:
         db = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return dx, None, None, None, db, None, None, None
+    return dx, None, None, None, db, None, None, None, None
 
 
 torch.library.register_autograd("pykd::linear_4bit", _backward, setup_context=_setup_context, lib=lib)

@@ -191,4 +191,20 @@ void report_segfaults() {
 int passed() { return total_passed; }
 int failed() { return total_failed; }
 
+float round_row(const std::vector<double>& x, std::vector<int>* codes) {
+  float largest = 0;
+  bool finite = true;
+  for (const double v : x) {
+    finite = finite && std::isfinite(v);
+    largest = std::max(largest, static_cast<float>(std::fabs(v)));
+  }
+  const float scale = largest / 127.0f, divisor = scale > 0 ? scale : 1.0f;
+  codes->clear();
+  for (const double v : x) {
+    const float code = finite ? std::nearbyint(static_cast<float>(v) / divisor) : 0.0f;
+    codes->push_back(static_cast<int>(std::max(-127.0f, std::min(127.0f, code))));
+  }
+  return finite ? scale : std::nanf("");
+}
+
 }  // namespace check

@@ -62,6 +62,10 @@ void encode(void* data, int64_t index, int dtype, double value);
 uint16_t encode_half(int dtype, double value);  // of kBFloat16, kFloat16
 double decode_half(int dtype, uint16_t bits);
 
+// int8 codes of numbers and their scale, absmax / 127 in float32; NaN where one is NaN or infinity: quantize_rows in
+// pykd/ops/linear_8bit.py.
+float round_row(const std::vector<double>& x, std::vector<int>* codes);
+
 // One line of the report: cases with a common name, each passed unless one of its checks failed.
 class Group {
  public:

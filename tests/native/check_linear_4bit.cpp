@@ -42,6 +42,10 @@ struct Weight {
 
   int64_t padded(int64_t g) const { return round_up(g + 1 < groups ? group : in - g * group, 8); }
   int64_t padded_k() const { return (groups - 1) * round_up(group, 8) + padded(groups - 1); }
+  int64_t folds() const {  // what linear_4bit_rounded keeps notes of
+    const int64_t most = pykd::kLinear4bitFold;
+    return (groups - 1) * (round_up(padded(0), most) / most) + round_up(padded(groups - 1), most) / most;
+  }
   int64_t zero_bytes() const { return code == pykd::kUint4 ? round_up(groups * kStrip, 64) : 0; }
   int64_t strip_bytes() const { return zero_bytes() + groups * kStrip * 2 + padded_k() * kStrip / 2; }
   int64_t bytes() const { return round_up(out, kStrip) / kStrip * strip_bytes(); }
@@ -66,15 +70,32 @@ struct Weight {
   }
 };
 
-void run_case(Group& group, Random& random, const Weight& weight, Linear4bitArgs args, bool with_bias) {
+// Rows of activations as codes times the scale of their group.
+void round_groups(const Weight& weight, std::vector<double>* inputs) {
+  for (size_t row = 0; row < inputs->size(); row += static_cast<size_t>(weight.in))
+    for (int64_t k = 0; k < weight.in; k += weight.group) {
+      const auto first = inputs->begin() + static_cast<std::ptrdiff_t>(row) + k;
+      const std::vector<double> values(first, first + std::min(weight.group, weight.in - k));
+      std::vector<int> codes;
+      const float scale = round_row(values, &codes);
+      std::transform(codes.begin(), codes.end(), first, [&](int code) { return static_cast<double>(scale) * code; });
+    }
+}
+
+void run_case(Group& group, Random& random, const Weight& weight, Linear4bitArgs args, bool rounds, bool with_bias) {
   const int64_t rows = args.rows, in = args.in_features, out = args.out_features;
   Buffer x(static_cast<size_t>((rows - 1) * args.x_stride + in) * size_of(args.dtype));
   Buffer packed(static_cast<size_t>(weight.bytes())), codebook(64);
   Buffer bias(static_cast<size_t>(out) * size_of(args.bias_dtype));
   Buffer y(static_cast<size_t>(rows * out) * size_of(args.dtype));
-  Buffer scratch(static_cast<size_t>(std::min(rows, pykd::kLinear4bitRows) * weight.padded_k()) * 4);
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t k = 0; k < in; ++k) encode(x.data(), m * args.x_stride + k, args.dtype, random.normal());
+  const int64_t scratch_row = rounds ? weight.padded_k() + 12 * weight.folds() : 4 * weight.padded_k();
+  Buffer scratch(static_cast<size_t>(std::min(rows, pykd::kLinear4bitRows) * scratch_row));
+  for (int64_t m = 0; m < rows; ++m) {
+    const double spread = rounds ? random.pick<double>({1, 1, 30, 1e-3, 0}) : 1;
+    for (int64_t k = 0; k < in; ++k) encode(x.data(), m * args.x_stride + k, args.dtype, spread * random.normal());
+    if (rounds && random.chance(0.1))
+      encode(x.data(), m * args.x_stride + random.below(in), args.dtype, random.pick<double>({HUGE_VAL, std::nan("")}));
+  }
   for (int64_t i = 0; i < out; ++i) encode(bias.data(), i, args.bias_dtype, random.normal());
   weight.pack(packed.as<uint8_t>());
   std::memcpy(codebook.data(), weight.codebook, 64);
@@ -84,11 +105,12 @@ void run_case(Group& group, Random& random, const Weight& weight, Linear4bitArgs
   args.bias = with_bias ? bias.data() : nullptr;
   args.y = y.data();
   args.scratch = scratch.as<float>();
-  pykd::table().linear_4bit(args);
+  rounds ? pykd::table().linear_4bit_rounded(args) : pykd::table().linear_4bit(args);
   std::vector<double> weights, inputs;
   for (int64_t i = 0; i < out * in; ++i) weights.push_back(weight.value(i / in, i % in));
   for (int64_t i = 0; i < rows * in; ++i)
     inputs.push_back(decode(x.data(), i / in * args.x_stride + i % in, args.dtype));
+  if (rounds) round_groups(weight, &inputs);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t i = 0; i < out; ++i) {
       double want = with_bias ? decode(bias.data(), i, args.bias_dtype) : 0, size = std::fabs(want);
@@ -115,10 +137,12 @@ void linear_4bit(const std::string& level) {
   const Shape shapes[] = {{1, 1, 1, 32},     {1, 33, 40, 32}, {2, 17, 129, 64}, {3, 31, 7, 32},   {4, 70, 65, 16},
                           {5, 15, 96, 96},   {6, 32, 9, 5},   {7, 16, 64, 13},  {11, 48, 31, 16}, {12, 40, 72, 64},
                           {13, 5, 130, 128}, {25, 65, 20, 8}, {97, 37, 270, 32}};
-  for (int code = pykd::kInt4; code <= pykd::kCodebook4; ++code) {
-    static const char* const names[] = {"int4", "uint4", "codebook"};
+  for (int kind = 0; kind < 5; ++kind) {
+    static const char* const names[] = {"int4", "uint4", "codebook", "int4, int8 inputs", "uint4, int8 inputs"};
+    const bool rounds = kind > pykd::kCodebook4;
+    const int code = rounds ? kind - 3 : kind;
     for (int dtype = 0; dtype < 3; ++dtype) {
-      Group group(level + " linear_4bit " + names[code] + ", " + name_of(dtype));
+      Group group(level + " linear_4bit " + names[kind] + ", " + name_of(dtype));
       for (const Shape& shape : shapes) {
         Linear4bitArgs args{};
         args.rows = shape.rows;
@@ -134,21 +158,23 @@ void linear_4bit(const std::string& level) {
                     static_cast<long long>(shape.out), static_cast<long long>(shape.in),
                     static_cast<long long>(shape.group), args.threads);
         const Weight weight(random, shape.out, shape.in, shape.group, code);
-        run_case(group, random, weight, args, random.chance(0.6));
+        run_case(group, random, weight, args, rounds, random.chance(0.6));
       }
     }
   }
   Group group(level + " linear_4bit, more rows than are packed at a time");
-  group.begin("385 rows");
-  const Weight weight(random, 3, 9, 8, pykd::kUint4);
-  Linear4bitArgs args{};
-  args.rows = pykd::kLinear4bitRows + 1;
-  args.in_features = args.x_stride = 9;
-  args.out_features = 3;
-  args.group_size = 8;
-  args.code = pykd::kUint4;
-  args.threads = 2;
-  run_case(group, random, weight, args, true);
+  for (const bool rounds : {false, true}) {
+    group.begin("385 rows, int8 inputs: %d", rounds);
+    const Weight weight(random, 3, 9, 8, pykd::kUint4);
+    Linear4bitArgs args{};
+    args.rows = pykd::kLinear4bitRows + 1;
+    args.in_features = args.x_stride = 9;
+    args.out_features = 3;
+    args.group_size = 8;
+    args.code = pykd::kUint4;
+    args.threads = 2;
+    run_case(group, random, weight, args, rounds, true);
+  }
 }
 
 }  // namespace check

@@ -47,23 +47,6 @@ struct Weight {
   }
 };
 
-// The codes of one row and their scale, NaN for a row with NaN or infinity: quantize_rows in pykd/ops/linear_8bit.py.
-float round_row(const std::vector<double>& x, std::vector<int>* codes) {
-  float largest = 0;
-  bool finite = true;
-  for (const double v : x) {
-    finite = finite && std::isfinite(v);
-    largest = std::max(largest, static_cast<float>(std::fabs(v)));
-  }
-  const float scale = largest / 127.0f, divisor = scale > 0 ? scale : 1.0f;
-  codes->clear();
-  for (const double v : x) {
-    const float code = finite ? std::nearbyint(static_cast<float>(v) / divisor) : 0.0f;
-    codes->push_back(static_cast<int>(std::max(-127.0f, std::min(127.0f, code))));
-  }
-  return finite ? scale : std::nanf("");
-}
-
 void compare(Group& group, const Weight& weight, const Linear8bitArgs& args, const Buffer& y, const Buffer* bias) {
   std::vector<double> x(static_cast<size_t>(args.in_features));
   std::vector<int> codes;

@@ -23,9 +23,10 @@ namespace pykd::PYKD_LEVEL {
 namespace {
 
 struct Scratch {
-  float *student, *other, *label;                // one row of exponentials each
+  float *student, *other, *label, *ratio;        // one row each, see ChunkScratch
   float *student_chunk, *teacher_chunk;          // staged logits
   float *student_reference, *teacher_reference;  // one per chunk
+  float *student_sum, *teacher_sum;              // of a chunk's exponentials
 };
 
 // What one row's logits amount to. Sums are relative to the last references.
@@ -62,7 +63,8 @@ void rebase(const Context& c, Row* row, float student_reference, float teacher_r
 }
 
 ChunkScratch chunk_scratch(const Scratch& scratch, int64_t begin) {
-  return {scratch.student + begin, scratch.other + begin, scratch.label ? scratch.label + begin : nullptr};
+  return {scratch.student + begin, scratch.other + begin, scratch.label ? scratch.label + begin : nullptr,
+          scratch.ratio ? scratch.ratio + begin : nullptr};
 }
 
 template <int kDirection, int kLabel>
@@ -119,8 +121,12 @@ Row read_row(const Context& c, const Scratch& scratch, const S* student, const T
       sums = run_chunk<kForward>(c, scratch, s, t, chunk, padded, ahead);
     else if (args.direction == kReverse)
       sums = run_chunk<kReverse>(c, scratch, s, t, chunk, padded, ahead);
-    else
+    else if (args.direction == kJsd)
       sums = run_chunk<kJsd>(c, scratch, s, t, chunk, padded, ahead);
+    else
+      sums = run_chunk<kTv>(c, scratch, s, t, chunk, padded, ahead);
+    scratch.student_sum[chunk] = sums.student;
+    scratch.teacher_sum[chunk] = sums.teacher;
     row.student_sum += sums.student;
     row.teacher_sum += sums.teacher;
     row.label_sum += sums.label;
@@ -141,21 +147,54 @@ struct Divergence {
   bool flat = false;  // no gradient: the divergence is infinite by P, or there is no distribution
 };
 
+// log P - log Q of a class of a chunk is a (ds - dt) plus this.
+double chunk_shift(const Context& c, const Scratch& scratch, const Row& row, int64_t chunk) {
+  const double s_step = scratch.student_reference[chunk] - row.student_reference;
+  const double t_step = scratch.teacher_reference[chunk] - row.teacher_reference;
+  return c.a * (s_step - t_step) - ::log(row.student_sum) + ::log(row.teacher_sum);
+}
+
+// A factor as float32 and what that is off by, relatively. The error is the same for every class of a chunk, so that it
+// would not average out as rounding does: the sums are corrected for it.
+struct Rounded {
+  float value;
+  double error;
+  explicit Rounded(double exact)
+      : value(static_cast<float>(exact)), error(exact > 0 ? static_cast<double>(value) / exact - 1 : 0) {}
+};
+
 template <int kDirection>
 Divergence mixture_of_row(const Context& c, const Scratch& scratch, const Row& row) {
-  Divergence result{0};
-  const float beta = static_cast<float>(c.args.beta);
+  const double beta = c.args.beta;
+  const float a = static_cast<float>(c.a), a_low = static_cast<float>(c.a - a);
+  double value = 0, student = 0;
   for (int64_t chunk = 0; chunk < c.chunks; ++chunk) {
     const int64_t begin = chunk * kChunk, left = c.classes - begin, count = left < kChunk ? left : kChunk;
     const double fs = power(c.a * (scratch.student_reference[chunk] - row.student_reference)) / row.student_sum;
     const double ft = power(c.a * (scratch.teacher_reference[chunk] - row.teacher_reference)) / row.teacher_sum;
-    const MixtureSums sums = Mixture<kDirection>{chunk_scratch(scratch, begin), set1(static_cast<float>(fs)),
-                                                 set1(static_cast<float>(ft)), set1(1.0f - beta), set1(beta)}
-                                 .run(round_up(count, kWidth));
-    result.value += sums.loss;
-    result.slope += sums.slope;
+    const double shift = chunk_shift(c, scratch, row, chunk);
+    const Rounded p(fs), mixed_student((1 - beta) * fs), mixed_teacher(beta * ft);
+    const float near = static_cast<float>(shift);
+    const MixtureFactors factors{set1(p.value),
+                                 set1(static_cast<float>(ft)),
+                                 set1(mixed_student.value),
+                                 set1(mixed_teacher.value),
+                                 set1(near),
+                                 set1(a),
+                                 set1(a_low),
+                                 set1(static_cast<float>(-::log(beta)))};
+    const MixtureSums sums = Mixture<kDirection>{chunk_scratch(scratch, begin), factors}.run(round_up(count, kWidth));
+    student += sums.student;
+    if (kDirection == kTv) {
+      value += sums.teacher;
+      continue;
+    }
+    const double of_teacher = p.error - mixed_teacher.error - (static_cast<double>(near) - shift);
+    const double of_student = p.error - mixed_student.error;
+    value += beta * ft * (sums.teacher - of_teacher * scratch.teacher_sum[chunk]) +
+             (1 - beta) * (sums.student / (1 + p.error) - of_student * fs * scratch.student_sum[chunk]);
   }
-  return result;
+  return {value, student};
 }
 
 Divergence divergence(const Context& c, const Scratch& scratch, const Row& row) {
@@ -205,8 +244,7 @@ GradientFactors gradient_factors(const Context& c, const Scratch& scratch, const
     student = weight * p;
     other = -weight * power(c.a * t_step) / row.teacher_sum;
   } else if (args.direction == kReverse) {  // a P (L - reverse), L = a (ds - dt) + a constant of the chunk
-    const double shift = c.a * (s_step - t_step) - ::log(row.student_sum) + ::log(row.teacher_sum);
-    student = weight * p * (shift - kl.value);
+    student = weight * p * (chunk_shift(c, scratch, row, chunk) - kl.value);
     other = weight * p * c.a;
   } else {
     const double slope = args.direction == kJsd ? 1 - args.beta : 1.0;
@@ -290,17 +328,21 @@ void run_row(const Context& c, const Scratch& scratch, int64_t r) {
 // Lays the scratch of one thread out; false when there is no memory.
 bool lay_out(const Context& c, Scratch* scratch) {
   const int64_t row = c.chunks * kChunk + kWidth, chunk = kChunk + kWidth;
-  const int64_t rows = c.label_exp == kOwn ? 3 : 2;
+  const bool label = c.label_exp == kOwn, ratio = c.args.direction == kJsd;
+  const int64_t rows = 2 + label + ratio;
   float* memory =
-      static_cast<float*>(thread_scratch(sizeof(float) * static_cast<size_t>(rows * row + 2 * chunk + 2 * c.chunks)));
+      static_cast<float*>(thread_scratch(sizeof(float) * static_cast<size_t>(rows * row + 2 * chunk + 4 * c.chunks)));
   if (memory == nullptr) return false;
   scratch->student_chunk = memory;
   scratch->teacher_chunk = memory + chunk;
   scratch->student = memory + 2 * chunk;
   scratch->other = scratch->student + row;
-  scratch->label = c.label_exp == kOwn ? scratch->other + row : nullptr;
+  scratch->label = label ? scratch->other + row : nullptr;
+  scratch->ratio = ratio ? scratch->student + (rows - 1) * row : nullptr;
   scratch->student_reference = scratch->student + rows * row;
   scratch->teacher_reference = scratch->student_reference + c.chunks;
+  scratch->student_sum = scratch->teacher_reference + c.chunks;
+  scratch->teacher_sum = scratch->student_sum + c.chunks;
   return true;
 }
 

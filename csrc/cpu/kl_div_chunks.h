@@ -63,9 +63,10 @@ struct ChunkSums {
 
 // Where one chunk's exponentials are kept for the second sweep.
 struct ChunkScratch {
-  float* student;  // e_s
-  float* other;    // forward, jsd, tv: e_t; reverse: e_s * (ds - dt)
-  float* label;    // e^(s - s_reference), if kept
+  float* student;          // e_s
+  float* other;            // forward, jsd, tv: e_t; reverse: e_s * (ds - dt)
+  float* label;            // e^(s - s_reference), if kept
+  float* ratio = nullptr;  // jsd: ds - dt, the logarithm of the probabilities' ratio but for a factor and a constant
 };
 
 // e * (from - to), with the rules for -inf: nothing where `from` is -inf, infinite where only `to` is.
@@ -142,6 +143,7 @@ struct Exponentials {
       cross = kCareful ? add(cross, careful_product(et, dt, ds, &infinite)) : fma(et, sub(dt, ds), cross);
     }
     store(scratch.other + at, other);
+    if (kDirection == kJsd) store(scratch.ratio + at, sub(ds, dt));
     if (kLabel == kOwn) {
       label_sum = add(label_sum, e1);
       store(scratch.label + at, e1);
@@ -172,48 +174,60 @@ inline float sum_of_differences(const float* x, int64_t count, float reference) 
 }
 
 struct MixtureSums {
-  float loss;   // jsd: sum beta Q log(Q / M) + (1 - beta) P log(P / M); tv: sum |P - Q| / 2
-  float slope;  // sum of P * g, where g is the derivative by P
+  float teacher;  // jsd: sum e_t log(Q / M); tv: sum |P - Q| / 2
+  float student;  // sum of P * g, where g is the derivative by P: jsd: sum P log(P / M)
 };
 
-// jsd and tv of one chunk of normalised probabilities P = student * e_s, Q = teacher * e_t, with M = beta Q +
-// (1 - beta) P. Overwrites e_t by P * g: g = log(P / M) for jsd, sign(P - Q) / 2 for tv.
+// What a chunk of the mixture needs: P = student * e_s, Q = teacher * e_t, M = mixed_student * e_s + mixed_teacher *
+// e_t, log(P / Q) = a * (ds - dt) + shift.
+struct MixtureFactors {
+  F32 student, teacher, mixed_student, mixed_teacher, shift;
+  F32 a, a_low, highest;  // a in two parts, since its error would not average out; -log(beta)
+};
+
+// jsd and tv of one chunk. Overwrites e_t by P * g: g = log(P / M) for jsd, sign(P - Q) / 2 for tv. One logarithm
+// serves jsd, because log(Q / M) = log(P / M) - log(P / Q); it is at most -log(beta), which also replaces the infinity
+// or NaN that comes of P = 0.
 template <int kDirection>
 struct Mixture {
   ChunkScratch scratch;
-  F32 student, teacher, of_student, of_teacher;
-  F32 loss = set1(0.0f), slope = set1(0.0f);
+  const MixtureFactors& factors;
+  F32 teacher_sum = set1(0.0f), student_sum = set1(0.0f);
 
   template <int kVectors>
   PYKD_INLINE void step(int64_t at) {
-    const F32 zero = set1(0.0f), half = set1(0.5f), tiny = set1(FLT_MIN);
-    F32 p[kVectors], q[kVectors], p_slope[kVectors];
+    const F32 tiny = set1(0x1p-125f);  // the least that log_quotient takes
+    F32 es[kVectors], et[kVectors], p[kVectors], slope[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      p[v] = mul(load(scratch.student + at + v * kWidth), student);
-      q[v] = mul(load(scratch.other + at + v * kWidth), teacher);
+      es[v] = load(scratch.student + at + v * kWidth);
+      et[v] = load(scratch.other + at + v * kWidth);
+      p[v] = mul(es[v], factors.student);
     }
     if (kDirection == kJsd) {
-      F32 ratio[2 * kVectors], logarithm[2 * kVectors];
+      F32 least[kVectors], mixture[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        const F32 inverse = div(set1(1.0f), max(tiny, fma(of_teacher, q[v], mul(of_student, p[v]))));
-        ratio[2 * v] = max(tiny, mul(p[v], inverse));
-        ratio[2 * v + 1] = max(tiny, mul(q[v], inverse));
+        mixture[v] = fma(et[v], factors.mixed_teacher, fma(es[v], factors.mixed_student, tiny));
+        least[v] = max(tiny, p[v]);
       }
-      log(ratio, logarithm);
+      log_quotient(least, mixture, slope);
       for (int v = 0; v < kVectors; ++v) {
-        p_slope[v] = mul(p[v], logarithm[2 * v]);
-        loss = fma(of_teacher, mul(q[v], logarithm[2 * v + 1]), fma(of_student, p_slope[v], loss));
+        const F32 difference = load(scratch.ratio + at + v * kWidth);
+        const F32 p_to_q = fma(difference, factors.a_low, fma(difference, factors.a, factors.shift));
+        // The lower bound, below every log(Q / M) with Q > 0, is for 0 * log(0).
+        const F32 of_q = max(min(sub(slope[v], p_to_q), factors.highest), set1(-200.0f));
+        teacher_sum = fma(et[v], of_q, teacher_sum);
       }
     } else {
       for (int v = 0; v < kVectors; ++v) {
-        const F32 sign = select(less(q[v], p[v]), half, select(less(p[v], q[v]), set1(-0.5f), zero));
-        p_slope[v] = mul(p[v], sign);
-        loss = fma(sign, sub(p[v], q[v]), loss);
+        const F32 q = mul(et[v], factors.teacher);
+        slope[v] = select(less(q, p[v]), set1(0.5f), select(less(p[v], q), set1(-0.5f), set1(0.0f)));
+        teacher_sum = fma(slope[v], sub(p[v], q), teacher_sum);
       }
     }
     for (int v = 0; v < kVectors; ++v) {
-      slope = add(slope, p_slope[v]);
-      store(scratch.other + at + v * kWidth, p_slope[v]);
+      slope[v] = mul(p[v], slope[v]);
+      student_sum = add(student_sum, slope[v]);
+      store(scratch.other + at + v * kWidth, slope[v]);
     }
   }
 
@@ -221,7 +235,7 @@ struct Mixture {
     int64_t at = 0;
     for (; at + 2 * kWidth <= padded; at += 2 * kWidth) step<2>(at);
     if (at < padded) step<1>(at);
-    return {reduce_add(loss), reduce_add(slope)};
+    return {reduce_add(teacher_sum), reduce_add(student_sum)};
   }
 };
 

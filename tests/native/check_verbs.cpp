@@ -91,6 +91,17 @@ void unary(Group& group, const char* name, const std::vector<float>& x, double u
   group.intact({&from, &to});
 }
 
+void logarithms(Group& group, const pykd::Verbs& v, const std::vector<float>& x, const std::vector<float>& y) {
+  group.begin("log_quotient");
+  Buffer above(x.size() * 4), below(y.size() * 4), to(x.size() * 4);
+  v.binary(Binary::kLogQuotient, put(above, x), put(below, y), static_cast<int64_t>(x.size()), to.as<float>());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double want = std::log(static_cast<double>(x[i]) / y[i]);
+    group.near("log", static_cast<int64_t>(i), to.as<float>()[i], want, 3 * ulp(want));
+  }
+  group.intact({&above, &below, &to});
+}
+
 void functions(const pykd::Verbs& v, const std::string& level) {
   Group group(level + " exp, log, round_even, reductions");
   Random random(1);
@@ -108,11 +119,15 @@ void functions(const pykd::Verbs& v, const std::string& level) {
         [&](const float* a, int64_t n, float* y) { v.scaled_exp(scale, a, n, y); },
         [&](double a) { return std::exp(a * scale) < 0x1p-126 ? 0.0 : std::exp(a * scale); });
   }
-  x = {1.0f, 0x1p-126f, 0.70710677f, 0.70710684f, 3e38f, 0.99999994f, 1.0000001f};
-  for (int i = 0; i < 6000; ++i) x.push_back(static_cast<float>(std::exp(random.uniform() * 175 - 87)));
-  unary(
-      group, "log", x, 2.0, [&](const float* a, int64_t n, float* y) { v.unary(Unary::kLog, a, n, y); },
-      [](double a) { return std::log(a); });
+  std::vector<float> y;
+  x = {1.0f, 0x1p-126f, 3e38f, 0x1p-100f, 0.99999994f, 1.0000001f, 1.5f, 1.0f, 1.4999999f, 0.5f, 0x1.fffffep-1f};
+  y = {1.0f, 8e37f, 0x1p-100f, 0x1p-100f, 1.0f, 1.0f, 1.0f, 1.5f, 1.0f, 0.75f, 1.0f};
+  for (int i = 0; i < 6000; ++i) {
+    x.push_back(static_cast<float>(std::exp(random.uniform() * 175 - 87)));
+    const double factor = i % 2 ? 1 + (random.uniform() - 0.5) * 1e-4 : std::exp(random.uniform() * 20 - 10);
+    y.push_back(static_cast<float>(std::min(std::max(x.back() * factor, 0x1p-100), 8e37)));
+  }
+  logarithms(group, v, x, y);
   x = {0.5f, 1.5f, 2.5f, -0.5f, -1.5f, 0.49999997f, 1e6f, -3.7f};
   unary(
       group, "round_even", x, 0, [&](const float* a, int64_t n, float* y) { v.unary(Unary::kRoundEven, a, n, y); },
@@ -162,6 +177,8 @@ double truth(Binary verb, double a, double b) {
       return a == b ? a : 7;
     case Binary::kScaleByPower:
       return std::ldexp(a, static_cast<int>(b));
+    case Binary::kLogQuotient:
+      break;  // for positive numbers: see logarithms
   }
   return kNan;
 }

@@ -15,11 +15,11 @@ void map(const In* x, int64_t count, Out* y, const Verb& verb) {
 }
 
 // The middle one of several in lock step.
-F32 log_of(F32 x) {
-  const F32 several[3] = {set1(2.0f), x, set1(0.5f)};
-  F32 y[3];
-  log(several, y);
-  return y[1];
+F32 log_quotient_of(F32 x, F32 y) {
+  const F32 above[3] = {set1(2.0f), x, set1(0.5f)}, below[3] = {set1(3.0f), y, set1(5.0f)};
+  F32 out[3];
+  log_quotient(above, below, out);
+  return out[1];
 }
 
 F32 exp_of(F32 x, const ScaledExp& constant) {
@@ -37,8 +37,6 @@ void unary(Unary verb, const float* x, int64_t count, float* y) {
       return map(x, count, y, [](F32 v) { return v; });
     case Unary::kExp:
       return map(x, count, y, [](F32 v) { return exp(v); });
-    case Unary::kLog:
-      return map(x, count, y, [](F32 v) { return log_of(v); });
     case Unary::kRoundEven:
       return map(x, count, y, [](F32 v) { return round_even(v); });
   }
@@ -68,6 +66,8 @@ F32 apply(Binary verb, F32 a, F32 b) {
       return select(equal(a, b), a, set1(7.0f));
     case Binary::kScaleByPower:
       return scale_by_power(a, b);
+    case Binary::kLogQuotient:
+      return log_quotient_of(a, b);
   }
   return a;
 }

@@ -6,8 +6,21 @@
 
 namespace pykd {
 
-enum class Unary { kCopy, kExp, kLog, kRoundEven };
-enum class Binary { kAdd, kSub, kMul, kDiv, kFma, kFnma, kMin, kMax, kSelectLess, kSelectEqual, kScaleByPower };
+enum class Unary { kCopy, kExp, kRoundEven };
+enum class Binary {
+  kAdd,
+  kSub,
+  kMul,
+  kDiv,
+  kFma,
+  kFnma,
+  kMin,
+  kMax,
+  kSelectLess,
+  kSelectEqual,
+  kScaleByPower,
+  kLogQuotient
+};
 
 struct Verbs {
   int width;

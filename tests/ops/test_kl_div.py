@@ -120,6 +120,18 @@ def test_mean_error_is_not_above_torch(isa: str, direction: str) -> None:
     assert mine <= 1.2 * (differentiate(*inputs, dtype=torch.float32)[1] - want).abs().mean()
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_jsd_of_almost_equal_distributions(isa: str, temperature: float, beta: float) -> None:
+    teacher = torch.randn(32, 4099) * 3
+    student = teacher + 0.7 + 0.01 * torch.randn_like(teacher)
+    chosen = options("jsd", temperature, beta=beta, kl_weight=1.0, ce_weight=0.0)
+    inputs = (student, teacher, None, torch.ones(32), chosen)
+    want = differentiate(*inputs, dtype=torch.float64)[0]
+    mine, peer = run(*inputs)[0].double(), differentiate(*inputs, dtype=torch.float32)[0]
+    assert (mine - want).abs().mean() <= min(0.01 * float(want.mean()), float((peer - want).abs().mean()))
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 4.0])
 def test_large_logits(isa: str, direction: str, temperature: float) -> None:

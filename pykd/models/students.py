@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from pykd.models.layer_choice import Batches, choose_layers
+from pykd.models.layers import keep_layers, layer_map, layer_stacks, remember
+from pykd.models.narrow import narrowed
+from pykd.models.sizes import HEADS, has_fixed_heads, resized_config, size_of, value_of
 from pykd.nn.channels import default_example, remove_channels
-from pykd.nn.family_config import keep_layer_types, update_config
+from pykd.nn.family_config import update_config
 from pykd.nn.slicing import (
     attention_blocks,
     feed_forward_blocks,
@@ -23,28 +28,42 @@ from pykd.nn.slicing import (
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: Names under which modules and configs count their layers.
-LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-
 
 def derive(
     teacher: Model,
     *,
+    preset: str | None = None,
     width: float = 1.0,
     depth: int | None = None,
+    layers: str | Sequence[int] | Mapping[str, Sequence[int]] = "spaced",
+    hidden_size: int | None = None,
+    heads: int | None = None,
+    intermediate_size: int | None = None,
     num_classes: int | None = None,
     example: Tensor | dict[str, Tensor] | None = None,
+    batches: Batches | None = None,
 ) -> Model:
     """A smaller copy of ``teacher`` made of its most important weights; the teacher is not touched.
 
     width: share (0..1] of units kept, by L2 norm: channels of a convolutional network; attention heads and
-    feed-forward neurons of a transformer (the residual stream keeps its width). depth: number of transformer layers
-    kept, evenly spaced, the first and the last among them (DistilBERT, Sanh et al. 2019); ``student.pykd_layer_map``
-    names, for each stack, the teacher layer that each student layer came from. num_classes: gives the student a new,
-    randomly initialised classifier. example: a batch the model accepts, to trace a convolutional network
-    (default: one 64-pixel image).
+    feed-forward neurons of a transformer (the residual stream keeps its width).
 
-    Raises ValueError for a width or depth that leaves nothing or asks for more than there is.
+    depth: number of transformer layers kept. layers: which, "spaced" evenly with the first and the last among them
+    (DistilBERT, Sanh et al. 2019), "first", "last", by data "influence" (ShortGPT, Men et al. 2024) or "divergence"
+    of the outputs without the layer; or their indices, for all stacks or by stack, which needs no depth.
+    ``layer_map(student)`` names the teacher layer that each student layer came from; it is saved with the student.
+
+    hidden_size, heads, intermediate_size: width of the residual stream, query heads, neurons of a transformer (see
+    :func:`pykd.models.narrow.narrowed`); a head count that does not fit the width is lowered to one that does, which is
+    logged and recorded. preset: a published size as "6x512" (layers x width), see ``PRESETS``; it sets all four.
+
+    num_classes: gives the student a new, randomly initialised classifier. example: a batch the model accepts, to trace
+    a convolutional network (default: one 64-pixel image). batches: dicts of inputs and labels, the data that
+    "influence", "divergence" and the choice of channels are measured on. The student's ``pykd_report`` begins with what
+    was done.
+
+    Raises ValueError for a size that leaves nothing or asks for more than there is, and for options that exclude each
+    other.
 
     >>> import torch
     >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
@@ -53,76 +72,85 @@ def derive(
     """
     if not 0 < width <= 1:
         raise ValueError(f"width is the share of units kept, above 0 and at most 1, got {width!r}")
+    if preset is not None:
+        if any(value is not None for value in (depth, hidden_size, heads, intermediate_size)) or width < 1:
+            raise ValueError(f"preset {preset!r} says every size: leave width, depth, hidden_size, heads and "
+                             "intermediate_size out")  # fmt: skip
+        config = getattr(teacher, "config", teacher)
+        its_heads = value_of(config, HEADS) or 12
+        size = size_of(preset, heads=its_heads)
+        depth, hidden_size, heads, intermediate_size = (
+            size.depth, size.hidden_size, min(size.heads, its_heads), size.intermediate_size
+        )  # fmt: skip
+        heads = None if has_fixed_heads(config) else heads
+    named = not isinstance(layers, str)
+    if named and depth is not None:
+        raise ValueError("layers names the layers kept: leave depth out")
     student = copy.deepcopy(teacher)
-    student.__dict__.pop("pykd_report", None)
-    stacks = layer_stacks(student)
-    student.__dict__["pykd_layer_map"] = {name: list(range(len(stack))) for name, stack in stacks.items()}
-    if depth is not None:
-        student.__dict__["pykd_layer_map"] = _keep_layers(student, stacks, depth)
+    remember(student, layer_map(student))
+    if named or depth is not None:
+        keep_layers(student, _kept(student, depth, layers, batches))
+    notes: list[str] = []
+    if hidden_size is not None or heads is not None or intermediate_size is not None:
+        student, notes = _resize(student, hidden_size, heads, intermediate_size, batches)
     if width < 1:
         _narrow(student, width, example)
     if num_classes is not None:
         _new_classifier(student, num_classes)
+    options = {"preset": preset, "width": width, "depth": depth, "hidden_size": hidden_size, "heads": heads,
+               "intermediate_size": intermediate_size, "num_classes": num_classes}  # fmt: skip
+    _record(student, teacher, layers if isinstance(layers, str) else "named", options, notes)
     return student
 
 
-def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The transformer's layers, one list per stack (encoder, decoder), by name.
-
-    They are the outermost lists of layers of one class that hold attention or feed-forward blocks, or that are as long
-    as the config says the network is deep.
-    """
-    owners = [block.name for block in attention_blocks(model)] + [block.name for block in feed_forward_blocks(model)]
-    config = getattr(model, "config", None)
-    depths = {getattr(config, name, None) for name in LAYER_COUNTS}
-    stacks: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in stacks):
-            continue
-        known = len(module) in depths or any(owner.startswith(f"{name}.") for owner in owners)
-        if known and len({type(layer) for layer in module}) == 1:
-            stacks[name] = module
-    return stacks
-
-
-def spaced_layers(layers: int, depth: int) -> list[int]:
-    """Indices of ``depth`` of ``layers`` layers, evenly spaced, the first and the last among them.
-
-    >>> spaced_layers(12, 4)
-    [0, 4, 7, 11]
-    """
-    return [0] if depth == 1 else [round(i * (layers - 1) / (depth - 1)) for i in range(depth)]
-
-
-def _keep_layers(student: nn.Module, stacks: dict[str, nn.ModuleList], depth: int) -> dict[str, list[int]]:
+def _kept(
+    student: nn.Module,
+    depth: int | None,
+    layers: str | Sequence[int] | Mapping[str, Sequence[int]],
+    batches: Batches | None,
+) -> Mapping[str, Sequence[int]]:
+    if isinstance(layers, Mapping):
+        return layers
+    if isinstance(layers, str):
+        assert depth is not None
+        return choose_layers(student, depth, layers, batches=batches)
+    stacks = layer_stacks(student)
     if not stacks:
         raise ValueError(
-            f"depth={depth} needs a transformer; {type(student).__name__} has no stack of equal layers: use width"
+            f"layers needs a transformer; {type(student).__name__} has no stack of equal layers: use width"
         )
-    layer_map: dict[str, list[int]] = {}
-    for name, stack in stacks.items():
-        layers = len(stack)
-        if not 1 <= depth <= layers:
-            raise ValueError(f"depth must be between 1 and the teacher's {layers} layers in {name}, got {depth}")
-        kept = spaced_layers(layers, depth)
-        stack._modules = {str(new): stack[old] for new, old in enumerate(kept)}
-        for new, layer in enumerate(stack):
-            for module in layer.modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.__dict__["layer_idx"] = new
-        layer_map[name] = kept
-        _set_counts(student.get_submodule(name.rpartition(".")[0]), layers, depth)
-        config = getattr(student, "config", None)
-        if config is not None:
-            _set_counts(config, layers, depth)
-            keep_layer_types(config, kept)
-    return layer_map
+    return {name: list(layers) for name in stacks}
 
 
-def _set_counts(owner: object, old: int, new: int) -> None:
-    for name in LAYER_COUNTS:
-        if getattr(owner, name, None) == old:
-            setattr(owner, name, new)
+def _resize(
+    student: Model, hidden_size: int | None, heads: int | None, neurons: int | None, batches: Batches | None
+) -> tuple[Model, list[str]]:
+    config = getattr(student, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise ValueError(
+            f"hidden_size, heads and intermediate_size need a Hugging Face transformer, got {type(student).__name__}: "
+            "use width"
+        )
+    smaller, notes = resized_config(config, hidden_size=hidden_size, heads=heads, intermediate_size=neurons)
+    made: Any = narrowed(student, smaller, batches=batches)
+    remember(made, layer_map(student))
+    return made, notes
+
+
+def _record(
+    student: nn.Module, teacher: nn.Module, layers: str, options: Mapping[str, Any], notes: Sequence[str]
+) -> None:
+    entry = {
+        "stage": "derive",
+        "method": layers,
+        "parameters": {name: value for name, value in options.items() if value is not None},
+        "teacher": type(teacher).__name__,
+        "layer_map": layer_map(student),
+        "parameters_before": sum(p.numel() for p in teacher.parameters()),
+        "parameters_after": sum(p.numel() for p in student.parameters()),
+        "notes": list(notes),
+    }
+    student.__dict__["pykd_report"] = [entry]
 
 
 def _narrow(student: nn.Module, width: float, example: Tensor | dict[str, Tensor] | None) -> None:

@@ -82,7 +82,7 @@ def attention_blocks(model: nn.Module) -> list[AttentionBlock]:
     found: list[AttentionBlock] = []
     for name, module in model.named_modules():
         for names in ATTENTION.values():
-            linears = _linears(module, names)
+            linears = linears_at(module, names)
             if linears is None:
                 continue
             query, key, value, output = linears
@@ -100,7 +100,7 @@ def feed_forward_blocks(model: nn.Module) -> list[FeedForward]:
     found: list[FeedForward] = []
     for name, module in model.named_modules():
         for inputs, output in FEED_FORWARD.values():
-            linears = _linears(module, (*inputs, output))
+            linears = linears_at(module, (*inputs, output))
             if linears is not None and all(layer.out_features == linears[-1].in_features for layer in linears[:-1]):
                 found.append(FeedForward(name, tuple(linears[:-1]), linears[-1]))
                 break
@@ -187,7 +187,8 @@ def _expand(units: Sequence[int], width: int) -> Tensor:
     return (torch.as_tensor(units)[:, None] * width + torch.arange(width)).flatten()
 
 
-def _linears(module: nn.Module, names: Sequence[str]) -> list[nn.Linear] | None:
+def linears_at(module: nn.Module, names: Sequence[str]) -> list[nn.Linear] | None:
+    """The linear layers at these relative names, or None where one of them is missing or something else."""
     found: list[nn.Linear] = []
     for name in names:
         try:

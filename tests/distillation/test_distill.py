@@ -200,7 +200,7 @@ def test_a_convolutional_student_of_a_convolutional_teacher() -> None:
     items = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 3} for i in range(8)]
     data = DataBundle(items, items, stack, ["a", "b", "c"], "noise")
     distill(model, teacher, data, max_steps=3, batch_size=4, progress=False)
-    assert model.layer4[1].conv2.weight.shape[0] == 128 and model.pykd_report[0]["steps"] == 3
+    assert model.layer4[1].conv2.weight.shape[0] == 128 and model.pykd_report[1]["steps"] == 3
 
 
 # Pairs that do not fit.

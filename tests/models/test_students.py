@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pykd.models.students import derive, layer_stacks, spaced_layers
+from pykd.models.layer_choice import spaced_layers
+from pykd.models.layers import layer_stacks
+from pykd.models.students import derive
 
 
 def bert(layers: int = 5) -> nn.Module:
@@ -88,7 +90,8 @@ def test_narrower_convolutional_network() -> None:
     student = derive(teacher, width=0.5, example=torch.zeros(1, 3, 6, 6))
     assert student[0].out_channels == 4 and student[3].out_channels == 3 and student[5].weight.shape == (4, 12)
     assert teacher[0].out_channels == 8
-    assert not hasattr(student, "pykd_report")
+    (entry,) = student.pykd_report  # the teacher's own history is not the student's
+    assert entry["stage"] == "derive" and entry["parameters"] == {"width": 0.5}
 
 
 def test_full_width_is_an_equal_copy() -> None:

@@ -10,8 +10,8 @@ import torch
 
 from pykd.errors import nearest
 
-#: Mixed-precision types the loop offers: bfloat16 has the range of float32, so the loss needs no scaling.
-AUTOCAST: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16}
+#: Mixed-precision types the loop offers. bfloat16 has the range of float32; with float16 the loss is scaled.
+AUTOCAST: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,14 @@ class TrainConfig:
     lr: highest learning rate, reached after ``warmup_ratio`` (0..1) of the steps; the last step's is almost zero.
     weight_decay: per step and unit of lr; biases and normalisation weights are not decayed.
     clip_norm: gradients are scaled so that their global L2 norm is at most this; None leaves them alone.
-    autocast: "bfloat16" runs forward and loss in mixed precision; None keeps the model's own type.
-    seed: decides data order and dropout, a function of (seed, epoch), never of what ran before.
-    checkpoint_steps: steps between checkpoints; None writes one at the end of every epoch.
+    batch_size: examples that one process passes through the model at once. accumulate: how many such batches make a
+    step; they count as one batch to the last digit that rounding leaves, whatever number of labels each of them has.
+    autocast: "bfloat16" or "float16" runs forward and loss in mixed precision; None keeps the model's own type.
+    gradient_checkpointing: compute activations again in the backward pass instead of keeping them (Chen et al. 2016).
+    group_by_length: put examples of similar length into a batch, so that less of it is padding.
+    seed: decides data order and dropout, a function of (seed, step), never of what ran before.
+    checkpoint_steps: steps between checkpoints; None writes one at the end of every epoch. keep_checkpoints: how many
+    of the newest stay. validate_steps: steps between validations; None validates at the end of every epoch.
 
     >>> TrainConfig(epochs=2, lr=1e-3).to_dict()["epochs"]
     2
@@ -40,13 +45,18 @@ class TrainConfig:
     seed: int = 0
     max_steps: int | None = None
     checkpoint_steps: int | None = None
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    validate_steps: int | None = None
+    keep_checkpoints: int = 1
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0.0), ("lr", 0.0), ("clip_norm", 0.0)):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > low):
                 raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-        for name in ("batch_size", "max_steps", "checkpoint_steps"):
+        for name in ("batch_size", "max_steps", "checkpoint_steps", "accumulate", "validate_steps", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

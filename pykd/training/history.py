@@ -11,12 +11,20 @@ class History:
     """Curve of one training run.
 
     records: one dict a step: ``step`` (from 1), ``epoch`` (share of passes done), ``loss``, ``lr``, ``grad_norm`` and
-    what the loss function reported. seconds: time spent in the loop, over all its resumed parts.
+    what the loss function reported; steps that were rolled back are not among them. validations: every validation, also
+    of steps that were rolled back: ``step``, the ``metrics``, ``action`` (best, keep, roll back, stop) with its reason
+    in ``sentence``, ``change`` against the best and ``last_change`` against the one before as shares (above 0 is
+    better), ``retention`` of the teacher's value, and ``examples`` of the worst errors. seconds: time spent in steps,
+    over all resumed parts. kept_step: the step whose weights the model was left with, when it is not the last.
+    outcome: how a guarded run ended, in words.
     """
 
     total_steps: int
     records: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    kept_step: int | None = None
+    outcome: str | None = None
 
     @property
     def steps(self) -> int:
@@ -32,10 +40,13 @@ class History:
     def summary(self) -> dict[str, Any]:
         """What a report keeps of the run: steps, seconds, first and last loss, and the thinned curve."""
         first, last = (self.records[0]["loss"], self.records[-1]["loss"]) if self.records else (None, None)
-        return {
+        summary: dict[str, Any] = {
             "steps": self.steps,
             "seconds": round(self.seconds, 3),
             "first_loss": first,
             "last_loss": last,
             "curve": self.curve(),
         }
+        if self.validations:
+            summary |= {"validations": self.validations, "kept_step": self.kept_step, "outcome": self.outcome}
+        return summary

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pykd.errors import DataError
+from pykd.models.adapter import unwrap
 
 #: Labels with this number count nowhere.
 IGNORED = -100
@@ -16,7 +17,7 @@ CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
 
 def predicts_next(model: nn.Module) -> bool:
     """True for causal language models: the logits of a position belong to the label of the next one."""
-    return type(model).__name__.endswith(CAUSAL)
+    return type(unwrap(model)).__name__.endswith(CAUSAL)
 
 
 def check_batch(batch: Any, *, classes: int) -> None:
@@ -33,3 +34,14 @@ def check_batch(batch: Any, *, classes: int) -> None:
             f"label {int(wrong[0])} is out of range: the model has {classes} classes (0..{classes - 1}); "
             "check the label column or build the model with more classes"
         )
+
+
+def counted(model: nn.Module, batch: dict[str, Any]) -> int:
+    """Labels of a batch that count towards its mean loss: what batches are weighed by when several make a step.
+
+    Where there are no whole-number labels, the rows.
+    """
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() > 0 and not labels.is_floating_point():
+        return int(((labels[:, 1:] if predicts_next(model) else labels) != IGNORED).sum())
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0), 1)

@@ -48,11 +48,13 @@ class Progress:
         self.bar.close()
 
     def step(self) -> None:
-        """One more step is in the history."""
-        self.bar.set_postfix(loss=f"{self.history.records[-1]['loss']:.4f}", refresh=False)
-        self.bar.update()
+        """The history has changed: by one more step, or by steps that were taken back."""
+        if self.history.records:
+            self.bar.set_postfix(loss=f"{self.history.records[-1]['loss']:.4f}", refresh=False)
+        self.first = min(self.first, self.history.steps)
+        self.bar.update(self.history.steps - self.bar.n)
         now = time.monotonic()
-        if now - self.logged >= LOG_SECONDS and not self.quiet:
+        if now - self.logged >= LOG_SECONDS and not self.quiet and self.history.records:
             self.logged = now
             logger.info("%s", self.sentence(now - self.began))
 

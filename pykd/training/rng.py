@@ -1,4 +1,4 @@
-"""Random state as plain data: seeded per epoch, saved with a checkpoint, and left as found when training ends."""
+"""Random state: a function of the step, and left as it was found when training ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 
-def seed_everything(seed: int, epoch: int) -> None:
-    """Seed Python, NumPy and every torch device from (seed, epoch) alone: no epoch depends on the one before."""
-    mixed = int(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1, np.uint64)[0])
+def seed_everything(seed: int, step: int, rank: int = 0) -> None:
+    """Seed Python, NumPy and every torch device from (seed, step, rank) alone: no step depends on the one before."""
+    mixed = int(np.random.SeedSequence([seed % 2**64, step, rank]).generate_state(1, np.uint64)[0])
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
     torch.manual_seed(mixed % 2**63)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -10,32 +9,35 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pykd.data.bundle import DataBundle
 from pykd.errors import ArtifactError, TrainingError
 from pykd.models.adapter import move
-from pykd.training.checkpoint import (
-    has_checkpoint,
-    load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
-from pykd.training.config import AUTOCAST, TrainConfig, learning_rate
+from pykd.training.checkpoint import has_checkpoint
+from pykd.training.config import TrainConfig, learning_rate
+from pykd.training.engine import engine_for
 from pykd.training.history import History
-from pykd.training.optimizer import adamw
-from pykd.training.rng import get_rng
-from pykd.training.source import Batch, Loader, RngState, Source, batch_to_float
+from pykd.training.labels import counted
+from pykd.training.optimizer import adamw, parameter_groups
+from pykd.training.source import Batch, Loader, Part, Source, batch_to_float
+from pykd.training.state import model_tensors, optimizer_tensors, part, restore_model, restore_optimizer
+from pykd.training.store import State, Store
 
 logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Any]]]
 
+#: Settings that decide how a run is kept, not what it computes.
+NOT_IDENTITY = {"checkpoint_steps": None, "keep_checkpoints": None}
+
 
 class Run:
-    """Model, optimizer, data and history of one run."""
+    """Model, optimizer, data and history of one run.
+
+    ``owned`` holds the parameters that are trained: the model's own, but for FSDP2; ``called`` is the model as the loss
+    function gets it.
+    """
 
     def __init__(
         self,
@@ -47,15 +49,29 @@ class Run:
         modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.model, self.config = model, config
-        self.device = next(model.parameters()).device
-        self.modules = {name: module.to(self.device) for name, module in (modules or {}).items()}
-        self.trained = nn.ModuleList([model, *self.modules.values()])
-        self.directory = Path(checkpoint_dir) if checkpoint_dir is not None else None
-        self.source = Source(data, batch_size=config.batch_size, seed=config.seed)
-        self.optimizer = adamw(self.trained, lr=config.lr, weight_decay=config.weight_decay)
+        self.engine = engine_for(config, next(model.parameters()).device)
+        self.source = Source(
+            data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            accumulate=config.accumulate,
+            rank=self.engine.rank,
+            processes=self.engine.processes,
+            group_by_length=config.group_by_length,
+        )
+        self.owned = self.engine.own(model)
+        self.modules = {name: module.to(self.engine.device) for name, module in (modules or {}).items()}
+        self.optimizer = adamw(self.owned, lr=config.lr, weight_decay=config.weight_decay)
+        self.called = self.engine.prepare(self.owned, self.optimizer)
+        mine = list(self.owned.parameters())
+        for group in parameter_groups(self.modules.values(), weight_decay=config.weight_decay, apart_from=mine):
+            self.optimizer.add_param_group(group)
+        self.beside = [p for module in self.modules.values() for p in module.parameters()]
+        self.lr_scale = 1.0
+        self.store = Store(checkpoint_dir, keep=config.keep_checkpoints)
         self.history = History(total_steps=config.total_steps(self.source.steps_per_epoch))
         self.identity = {
-            "config": config.to_dict() | {"checkpoint_steps": None},
+            "config": config.to_dict() | NOT_IDENTITY,
             "settings": settings,
             "data": self.source.fingerprint(),
             "total_steps": self.history.total_steps,
@@ -65,93 +81,139 @@ class Run:
             sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in self.modules.items()}
             self.identity["modules"] = sizes
 
-    def step(self, loss_fn: LossFunction, batch: Batch) -> None:
+    def step(self, loss_fn: LossFunction, parts: list[Part]) -> None:
         """Forward, backward, update; the weights change only when loss and gradient are finite."""
         began = time.perf_counter()
         number = self.history.steps
-        rate = learning_rate(
-            number, self.history.total_steps, peak=self.config.lr, warmup_ratio=self.config.warmup_ratio
-        )
+        config, engine = self.config, self.engine
+        rate = learning_rate(number, self.history.total_steps, peak=config.lr, warmup_ratio=config.warmup_ratio)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * self.lr_scale
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss, noted = loss_fn(self.model, move(batch, self.device))
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.clip_norm or float("inf"))
-        values = {"loss": float(loss.detach()), "grad_norm": float(norm)}  # the step's only wait for the device
-        self._require_finite(values, number)
-        self.optimizer.step()
-        record = {"step": float(number + 1), "epoch": (number + 1) / self.source.steps_per_epoch, "lr": rate}
-        self.history.records.append(record | values | batch_to_float(noted))
+        noted = self._gradients(loss_fn, parts)
+        engine.average(self.beside)
+        trained = [*self.owned.parameters(), *self.beside]
+        clipped = engine.clip(trained, self.optimizer, config.clip_norm or math.inf)
+        norm, found = float(clipped), batch_to_float(noted)  # the step's only wait for the device
+        found = dict(zip(found, engine.total(list(found.values())), strict=True))
+        if engine.scaler is not None:  # a scaled gradient that overflows costs the step, and the scale is lowered
+            found["skipped"] = float(not math.isfinite(norm))
+            norm = norm if math.isfinite(norm) else 0.0
+        self._require_finite({"loss": found["loss"], "grad_norm": norm}, number)
+        engine.update(self.optimizer)
+        record = {"step": float(number + 1), "epoch": (number + 1) / self.source.steps_per_epoch}
+        self.history.records.append(record | {"lr": rate * self.lr_scale, "grad_norm": norm} | found)
         self.history.seconds += time.perf_counter() - began
 
     def checkpoint_if_due(self) -> None:
         """Write a checkpoint at the end of the run and every ``checkpoint_steps``, by default every epoch."""
         every = self.config.checkpoint_steps or self.source.steps_per_epoch
-        if self.history.steps % every == 0 or self.history.steps == self.history.total_steps:
+        due = self.history.steps % every == 0 or self.history.steps == self.history.total_steps
+        if due and self.store.saved_step != self.history.steps:
             self.save()
 
-    def save(self) -> None:
-        """Write everything the next step depends on."""
-        if self.directory is None:
+    def save(self, *, best: bool = False) -> None:
+        """Keep everything the next step depends on, when there is a place for it."""
+        if self.store.directory is None and not best:
             return
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        state = self.state()
+        problem = None
+        if self.engine.rank == 0 or self.store.directory is None:
+            try:
+                self.store.save(state, step=self.history.steps, best=best)
+            except ArtifactError as error:
+                problem = str(error)
+        problem = self.engine.agree(problem)
+        if problem is not None:
+            raise ArtifactError(problem)
+
+    def state(self) -> State:
+        """Weights, optimizer and history: whole tensors, and JSON-able values."""
+        tensors = {f"model.{name}": tensor for name, tensor in model_tensors(self.owned).items()}
         for prefix, module in self.modules.items():
             tensors |= {f"modules.{prefix}/{name}": tensor for name, tensor in module.state_dict().items()}
         slots, optimizer = optimizer_tensors(self.optimizer)
-        states, rng = get_rng()
         tensors |= {f"optimizer.{name}": tensor for name, tensor in slots.items()}
-        tensors |= {f"rng.{name}": tensor for name, tensor in states.items()}
+        history = self.history
         plain = {
             "identity": self.identity,
             "optimizer": optimizer,
-            "rng": rng,
-            "history": {"records": self.history.records, "seconds": self.history.seconds},
+            "scaler": self.engine.scaler.state_dict() if self.engine.scaler is not None else None,
+            "lr_scale": self.lr_scale,
+            "records": history.records,
+            "validations": history.validations,
+            "seconds": history.seconds,
         }
-        save_checkpoint(self.directory, tensors, plain, step=self.history.steps)
+        return tensors, plain
 
-    def refuse_other(self) -> None:
-        """Never overwrite another run's checkpoint."""
-        if self.directory is not None and has_checkpoint(self.directory):
-            raise ArtifactError(
-                f"checkpoint_dir {self.directory} already holds a run: pass resume=True to continue it, "
-                "or choose another directory"
-            )
-
-    def resume(self) -> RngState | None:
-        """Load weights, optimizer and history; the random state of that moment, or None when there is no checkpoint."""
-        if self.directory is None:
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one and it belongs to this run."""
+        folder = self.store.directory
+        if folder is None:
             raise ValueError("resume=True needs checkpoint_dir, the directory that the interrupted run wrote to")
-        if not has_checkpoint(self.directory):
-            logger.info("no checkpoint in %s: starting from the first step", self.directory)
-            return None
-        tensors, plain = load_checkpoint(self.directory)
+        if not has_checkpoint(folder):
+            logger.info("no checkpoint in %s: starting from the first step", folder)
+            return
+        tensors, plain = self.store.load()
         for name in self.identity | plain["identity"]:
             mine, theirs = self.identity.get(name), plain["identity"].get(name)
             if theirs != mine:
                 raise ArtifactError(
-                    f"checkpoint {self.directory} belongs to another run: {name} was {theirs}, is now {mine}; "
+                    f"checkpoint {folder} belongs to another run: {name} was {theirs}, is now {mine}; "
                     "resume with the same settings and data, or choose another directory"
                 )
-        self.model.load_state_dict(_part(tensors, "model."))
-        for name, module in self.modules.items():
-            module.load_state_dict(_part(tensors, f"modules.{name}/"))
-        restore_optimizer(self.optimizer, _part(tensors, "optimizer."), plain["optimizer"])
-        self.history.records, self.history.seconds = plain["history"]["records"], plain["history"]["seconds"]
+        self.restore((tensors, plain))
+        self.history.validations, self.lr_scale = plain["validations"], plain["lr_scale"]
+        self.store.saved_step = self.history.steps
         logger.info("resumed at step %d of %d", self.history.steps, self.history.total_steps)
-        return _part(tensors, "rng."), plain["rng"]
+
+    def restore(self, state: State) -> None:
+        """Weights, optimizer and the records of the steps as they were; not the validations, nor what they decided."""
+        tensors, plain = state
+        self.restore_weights(state)
+        restore_optimizer(self.optimizer, part(tensors, "optimizer."), plain["optimizer"])
+        if self.engine.scaler is not None:
+            self.engine.scaler.load_state_dict(plain["scaler"])
+        self.history.records, self.history.seconds = plain["records"], max(self.history.seconds, plain["seconds"])
+
+    def restore_weights(self, state: State) -> None:
+        """Weights alone."""
+        restore_model(self.owned, part(state[0], "model."))
+        for name, module in self.modules.items():
+            module.load_state_dict(part(state[0], f"modules.{name}/"))
 
     def stopped(self, label: str) -> str:
         """Save after Ctrl-C; the sentence for the user."""
-        self.save()
-        done = f"{label} stopped after step {self.history.steps} of {self.history.total_steps}"
-        return done + (f"; checkpoint in {self.directory}, continue with resume=True" if self.directory else "")
+        if self.store.saved_step != self.history.steps:
+            self.save()
+        done, folder = f"{label} stopped after step {self.history.steps} of {self.history.total_steps}", self.store
+        return done + (f"; checkpoint in {folder.directory}, continue with resume=True" if folder.directory else "")
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=AUTOCAST[self.config.autocast])
+    def finish(self) -> None:
+        """Hand the weights to the caller's model where a copy was trained."""
+        if self.owned is not self.model:
+            self.model.load_state_dict(model_tensors(self.owned))
+
+    def _gradients(self, loss_fn: LossFunction, parts: list[Part]) -> dict[str, Any]:
+        """Backward of the step's mean loss: each part weighs what it counts, over all parts of all processes."""
+        engine = self.engine
+        weights = [1.0]
+        if len(parts) * engine.processes > 1:
+            counts = [float(counted(self.model, batch)) if counts else 0.0 for batch, counts in parts]
+            whole = max(1.0, engine.total([sum(counts)])[0])
+            weights = [count / whole for count in counts]
+        sums: dict[str, Any] = {}
+        for index, ((batch, _), weight) in enumerate(zip(parts, weights, strict=True)):
+            if weight == 0.0 and engine.processes == 1:
+                continue
+            with engine.partial(self.called, last=index == len(parts) - 1):
+                with engine.autocast():
+                    loss, noted = loss_fn(self.called, move(batch, engine.device))
+                engine.backward(loss if weights == [1.0] else loss * (weight * engine.processes))
+            for name, value in {"loss": loss, **noted}.items():
+                value = value.detach() if isinstance(value, Tensor) else value
+                sums[name] = value if weights == [1.0] else sums.get(name, 0.0) + weight * value
+        return sums
 
     def _require_finite(self, values: dict[str, float], number: int) -> None:
         for name, value in values.items():
@@ -162,7 +224,3 @@ class Run:
                 f"the {what} is {value} at step {number + 1} of {self.history.total_steps}: try a lower lr "
                 f"(now {self.config.lr:g}), a smaller clip_norm, no autocast, or look for NaN in the inputs"
             )
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

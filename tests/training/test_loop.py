@@ -116,8 +116,8 @@ def test_the_bar_shows_rate_and_time_left(capsys: pytest.CaptureFixture[str]) ->
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, start: int) -> list[float]:
-        stream = Source(bundle_of(10), batch_size=4, seed=seed).stream(start, 6, None)
-        return [value for batch in stream for value in batch["pixel_values"][:, 0].tolist()]
+        stream = Source(bundle_of(10), batch_size=4, seed=seed).stream(start, 6)
+        return [value for ((batch, _),) in stream for value in batch["pixel_values"][:, 0].tolist()]
 
     first = order(0, 0)
     assert first == order(0, 0) and first != order(1, 0)
@@ -130,7 +130,7 @@ def test_a_shuffling_loader_is_repeatable_and_resumable() -> None:
 
     def order(start: int) -> list[list[float]]:
         loader = DataLoader(data, batch_size=4, shuffle=True)
-        return [batch[0].tolist() for batch in Source(loader, batch_size=1, seed=0).stream(start, 6, None)]
+        return [batch[0].tolist() for ((batch, _),) in Source(loader, batch_size=1, seed=0).stream(start, 6)]
 
     assert order(0)[4:] == order(4)
 
@@ -143,7 +143,7 @@ def test_a_distributed_sampler_is_told_the_epoch() -> None:
             self.epochs.append(epoch)
 
     data = TensorDataset(torch.arange(4.0))
-    list(Source(DataLoader(data, batch_size=2, sampler=Sampler(data)), batch_size=1, seed=0).stream(0, 4, None))
+    list(Source(DataLoader(data, batch_size=2, sampler=Sampler(data)), batch_size=1, seed=0).stream(0, 4))
     assert Sampler.epochs == [0, 1]
 
 
@@ -182,7 +182,7 @@ def test_sigkill_then_resume_ends_with_identical_weights(tmp_path: Path, step: i
 def test_ctrl_c_then_resume_ends_with_identical_weights(tmp_path: Path, step: int) -> None:
     with pytest.raises(KeyboardInterrupt, match=rf"stopped after step {step + 1} of 12; checkpoint in .* resume=True"):
         killed.train(tmp_path, die_at=step, how=signal.SIGINT)
-    assert json.loads((tmp_path / "checkpoint.json").read_text())["step"] == step + 1
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["newest"][0]["step"] == step + 1
     assert killed.train(tmp_path, resume=True) == UNINTERRUPTED
 
 

@@ -1,0 +1,163 @@
+"""Where a step is computed: in this process alone, or in several that `accelerate launch` started, as one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pykd.training.config import AUTOCAST, TrainConfig
+
+
+class Engine:
+    """One process, one device: the device of the model."""
+
+    rank, processes = 0, 1
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.device = device
+        self.dtype = AUTOCAST[config.autocast] if config.autocast is not None else None
+        scaled = config.autocast == "float16"
+        self.scaler = torch.amp.GradScaler(device.type) if scaled else None
+
+    def own(self, model: nn.Module) -> nn.Module:
+        """The module whose parameters are trained: the model, or a copy that may be taken apart."""
+        return model
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The model as the loss function is to call it."""
+        return model
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision for the forward pass and the loss."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def partial(self, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around the passes of a step: only the last one needs to tell the other processes its gradients."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this loss's gradients to those that are there."""
+        scaled = self.scaler.scale(loss) if self.scaler is not None else loss
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every process the mean gradient of parameters outside the prepared model."""
+
+    def clip(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+        """Scale the gradients so that their global norm is at most ``limit``; the norm they had."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(parameters, limit)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimizer; with float16 it is left out where a gradient overflowed."""
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """The sums of these numbers over the processes."""
+        return list(numbers)
+
+    def agree(self, value: Any) -> Any:
+        """What the first process has for ``value``."""
+        return value
+
+
+class Launched(Engine):
+    """One of the processes of `accelerate launch`: DDP or FSDP2, as its configuration says, on the device it assigns.
+
+    Raises ValueError for FSDP1 and for DeepSpeed, which steps the optimizer itself: DistillationTrainer takes that.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator()
+        kind = self.accelerator.distributed_type
+        if kind == "DEEPSPEED" or (kind == "FSDP" and not self.accelerator.is_fsdp2):
+            raise ValueError(
+                f"fit runs under DDP and FSDP2, this launch is configured for {kind.value}: set fsdp_version: 2, or "
+                "use pykd.DistillationTrainer, whose TrainingArguments take a DeepSpeed configuration"
+            )
+        super().__init__(config, self.accelerator.device)
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+
+    def own(self, model: nn.Module) -> nn.Module:
+        """See Engine. FSDP2 shards the modules in place, so it gets a copy, and the model the weights at the end."""
+        model.to(self.device)
+        return copy.deepcopy(model) if self.accelerator.is_fsdp2 else model
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The wrapped model; the optimizer's parameters become those of the wrapped model."""
+        prepared: nn.Module = self.accelerator.prepare(model, optimizer)[0]
+        return prepared
+
+    def partial(self, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """See Engine."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See Engine."""
+        for parameter in parameters:
+            if self.processes > 1 and parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.processes
+
+    def clip(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+        """See Engine."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, limit)
+        return whole(norm)
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """See Engine."""
+        if self.processes == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(sums)
+        found: list[float] = sums.tolist()
+        return found
+
+    def agree(self, value: Any) -> Any:
+        """See Engine."""
+        if self.processes == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+
+def engine_for(config: TrainConfig, device: torch.device) -> Engine:
+    """Launched in the processes of `accelerate launch` (or torchrun), else Engine."""
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Launched(config, device) if launched else Engine(config, device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over processes, put together in each of them; any other as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return full() if full is not None else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as ``like`` is."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]

@@ -43,7 +43,7 @@ def arm(where: str, ready: int) -> None:
 
         def stepping(self: Any, *arguments: Any) -> None:
             step(self, *arguments)
-            if self.directory is not None and label in str(self.directory) and not reached:
+            if self.store.directory is not None and label in str(self.store.directory) and not reached:
                 reached.append(self.history.steps)
                 os.write(ready, b"!")
                 time.sleep(0.3)  # the loop notes Ctrl-C and ends the step by itself

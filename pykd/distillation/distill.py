@@ -17,10 +17,13 @@ from pykd.distillation.teacher_cache import TeacherCache
 from pykd.errors import nearest
 from pykd.models.adapter import logits
 from pykd.training.config import TrainConfig
+from pykd.training.guard import Guard
 from pykd.training.labels import check_batch, predicts_next
 from pykd.training.loop import fit
 from pykd.training.record import add_record
 from pykd.training.source import Batch, Loader
+from pykd.training.watch import Validate
+from pykd.training.watched import watched
 
 Model = TypeVar("Model", bound=nn.Module)
 Method = Callable[..., Tensor]
@@ -47,12 +50,20 @@ def distill(
     clip_norm: float | None = 1.0,
     autocast: str | None = None,
     max_steps: int | None = None,
+    accumulate: int = 1,
+    gradient_checkpointing: bool = False,
+    group_by_length: bool = False,
     seed: int = 0,
     student_tokenizer: Any = None,
     teacher_tokenizer: Any = None,
     cache_bytes: int = 256 * 2**20,
     checkpoint_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
+    keep_checkpoints: int = 1,
+    validate: Validate | None = None,
+    validate_steps: int | None = None,
+    guard: Guard | None = None,
+    log_file: str | Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
     label: str = "distill",
@@ -64,7 +75,8 @@ def distill(
     fixed training set and all its logits fit in ``cache_bytes``, they are computed once. A :class:`TeacherCache` in the
     teacher's place says what :func:`cache_teacher` kept of it; the loss is then ``kd_loss_topk``. student_tokenizer,
     teacher_tokenizer: if both are given they must be equal, and the widths of the logits may then differ by padding.
-    The other options are those of :class:`pykd.training.TrainConfig` and :func:`pykd.training.fit`.
+    The other options are those of :class:`pykd.training.TrainConfig` and :func:`pykd.training.fit`; a ``guard`` without
+    ``validate`` guards the accuracy on the held-out split, and knows the teacher's.
 
     Raises ValueError for class counts or tokenizers that do not fit together, NaN in either model's weights, or an
     unknown method; DataError for labels out of range.
@@ -86,6 +98,11 @@ def distill(
         seed=seed,
         max_steps=max_steps,
         checkpoint_steps=checkpoint_steps,
+        accumulate=accumulate,
+        gradient_checkpointing=gradient_checkpointing,
+        group_by_length=group_by_length,
+        validate_steps=validate_steps,
+        keep_checkpoints=keep_checkpoints,
     )
     source: Teacher | Offline
     if isinstance(teacher, TeacherCache):
@@ -108,15 +125,19 @@ def distill(
         return term(scores, wanted, batch["labels"], temperature=temperature, alpha=alpha, shift=shift), {}
 
     settings = {"temperature": temperature, "alpha": alpha}
+    validate, guard = watched(validate, guard, data, teacher=teacher if isinstance(teacher, nn.Module) else None)
     with source.frozen():
         history = fit(
             student,
             source.data,
             loss_fn,
             config,
+            validate=validate,
+            guard=guard,
             settings=settings,
             checkpoint_dir=checkpoint_dir,
             resume=resume,
+            log_file=log_file,
             progress=progress,
             label=label,
         )

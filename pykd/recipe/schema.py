@@ -59,6 +59,11 @@ class Train(Section):
     autocast: str | None = None
     max_steps: int | None = None
     checkpoint_steps: int | None = None
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    validate_steps: int | None = None
+    keep_checkpoints: int = 1
 
     @model_validator(mode="after")
     def _in_range(self) -> Train:

@@ -11,10 +11,13 @@ from torch.nn import functional as F
 from pykd.data.bundle import DataBundle
 from pykd.models.adapter import logits, num_classes
 from pykd.training.config import TrainConfig
+from pykd.training.guard import Guard
 from pykd.training.labels import IGNORED, check_batch, predicts_next
 from pykd.training.loop import fit
 from pykd.training.record import add_record, require_finite_weights
 from pykd.training.source import Batch, Loader
+from pykd.training.watch import Validate
+from pykd.training.watched import watched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,9 +35,17 @@ def finetune(
     label_smoothing: float = 0.0,
     autocast: str | None = None,
     max_steps: int | None = None,
+    accumulate: int = 1,
+    gradient_checkpointing: bool = False,
+    group_by_length: bool = False,
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     checkpoint_steps: int | None = None,
+    keep_checkpoints: int = 1,
+    validate: Validate | None = None,
+    validate_steps: int | None = None,
+    guard: Guard | None = None,
+    log_file: str | Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
     label: str = "finetune",
@@ -43,7 +54,9 @@ def finetune(
 
     Labels are class numbers 0..classes-1, one a row or one a position; -100 is ignored. Causal language models (their
     logits of position i) are scored against label i + 1. The other options are those of :class:`TrainConfig` and
-    :func:`fit`. Raises DataError for labels out of range, ValueError for NaN or infinite weights.
+    :func:`fit`; a ``guard`` without ``validate`` guards the accuracy on the held-out split.
+
+    Raises DataError for labels out of range, ValueError for NaN or infinite weights.
 
     >>> from torch import nn, randn, randint
     >>> batches = [{"pixel_values": randn(8, 4), "labels": randint(3, (8,))} for _ in range(5)]
@@ -61,6 +74,11 @@ def finetune(
         seed=seed,
         max_steps=max_steps,
         checkpoint_steps=checkpoint_steps,
+        accumulate=accumulate,
+        gradient_checkpointing=gradient_checkpointing,
+        group_by_length=group_by_length,
+        validate_steps=validate_steps,
+        keep_checkpoints=keep_checkpoints,
     )
     require_finite_weights(model, "model")
     classes = num_classes(model)
@@ -75,14 +93,18 @@ def finetune(
         return loss, {}
 
     settings = {"label_smoothing": label_smoothing}
+    validate, guard = watched(validate, guard, data)
     history = fit(
         model,
         data,
         loss_fn,
         config,
+        validate=validate,
+        guard=guard,
         settings=settings,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
+        log_file=log_file,
         progress=progress,
         label=label,
     )

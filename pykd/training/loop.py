@@ -128,13 +128,14 @@ def training(run: Run) -> Iterator[None]:
 @contextmanager
 def switch_recomputing(model: nn.Module) -> Iterator[None]:
     """Gradient checkpointing as Hugging Face models offer it; ValueError for a model that does not."""
-    on, off = (getattr(model, f"gradient_checkpointing_{way}", None) for way in ("enable", "disable"))
-    if on is None or off is None or not getattr(model, "supports_gradient_checkpointing", False):
+    way = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers renamed it
+    on = getattr(model, f"{way}_checkpointing_enable", None)
+    if on is None or not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} does not offer it, as Hugging Face models do; leave it out"
         )
-    on(gradient_checkpointing_kwargs={"use_reentrant": False})
+    on(**{f"{way}_checkpointing_kwargs": {"use_reentrant": False}})
     try:
         yield
     finally:
-        off()
+        getattr(model, f"{way}_checkpointing_disable")()

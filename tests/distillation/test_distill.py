@@ -16,7 +16,7 @@ from pykd.data.bundle import DataBundle, stack
 from pykd.distillation import METHODS, distill, logits_loss
 from pykd.distillation.teacher import Teacher
 from pykd.errors import ArtifactError, DataError
-from pykd.training import TrainConfig
+from pykd.training import Guard, TrainConfig
 
 CLASSES = 3
 
@@ -231,3 +231,15 @@ def test_weights_that_are_not_finite(role: str) -> None:
         next(pair[role].parameters())[0, 0] = float("inf")
     with pytest.raises(ValueError, match=rf"the {role}'s '.*0\.weight' holds NaN or infinite values"):
         distill(pair["student"], pair["teacher"], bundle())
+
+
+def test_a_guard_knows_the_teachers_quality() -> None:
+    items = [{"pixel_values": torch.eye(4)[i % 3], "labels": i % 3} for i in range(12)]
+    data = DataBundle(items, items, stack, ["a", "b", "c"], "corners")
+    teacher, student = nn.Linear(4, 3, bias=False), nn.Linear(4, 3)
+    with torch.no_grad():
+        teacher.weight.copy_(9 * torch.eye(3, 4))
+    distill(student, teacher, data, epochs=30, batch_size=4, lr=0.1, guard=Guard(), progress=False)
+    entry = student.pykd_report[-1]
+    assert entry["validations"][-1]["retention"] == 1.0
+    assert "accuracy 1, 100.0 % of the teacher's" in entry["outcome"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from pykd.data.bundle import DataBundle, stack
 from pykd.errors import DataError
-from pykd.training import finetune
+from pykd.training import Guard, finetune
 
 
 def blobs(classes: int = 3, size: int = 48) -> DataBundle:
@@ -63,3 +63,17 @@ def test_what_it_refuses() -> None:
         broken.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="the model's 'weight' holds NaN or infinite values"):
         finetune(broken, blobs(), progress=False)
+
+
+def test_a_guard_watches_the_held_out_split() -> None:
+    model = nn.Linear(6, 3)
+    finetune(model, blobs(), epochs=6, lr=0.1, guard=Guard(), validate_steps=4, progress=False)
+    entry = model.pykd_report[-1]
+    assert [found["step"] for found in entry["validations"]] == [0, 4, 8, 12]
+    assert entry["validations"][0]["metric"] == "accuracy" and "f1" in entry["validations"][0]["metrics"]
+    worst = entry["validations"][0]["examples"][0]
+    assert worst["label"] != worst["prediction"] and 0 < worst["confidence"] <= 1
+    assert entry["outcome"].startswith("finished after 0 rollbacks with the model of step")
+    json.dumps(entry, allow_nan=False)
+    with pytest.raises(ValueError, match="guard needs validate, a function of the model, where the data is a loader"):
+        finetune(model, [blobs().example(3)], guard=Guard(), progress=False)

@@ -1,0 +1,34 @@
+"""What `finetune` and `distill` are watched by, when the caller leaves it to them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from pykd.data.bundle import DataBundle
+from pykd.evaluation.validation import classification_validator
+from pykd.training.guard import Guard
+from pykd.training.watch import Validate
+
+
+def watched(
+    validate: Validate | None, guard: Guard | None, data: object, *, teacher: nn.Module | None = None
+) -> tuple[Validate | None, Guard | None]:
+    """The given ones; for a guard without ``validate`` the held-out split, and the teacher's value if there is one.
+
+    Raises ValueError for a guard without both.
+    """
+    if guard is None:
+        return validate, None
+    if validate is None:
+        if not isinstance(data, DataBundle):
+            raise ValueError("guard needs validate, a function of the model, where the data is a loader")
+        validate = classification_validator(data)
+    if guard.teacher is None and teacher is not None:
+        found: dict[str, Any] = dict(validate(teacher))
+        name = guard.metric or next(iter(found))
+        if name in found:
+            guard = replace(guard, teacher=float(found[name]))
+    return validate, guard

@@ -117,10 +117,10 @@ def prune(
 def quantize(
     model: ModelDir,
     output: OutputDir,
-    scheme: Annotated[str, typer.Option(help="w4a16, nf4, fp4, w8a8 or w8a16")] = "w4a16",
+    scheme: Annotated[str, typer.Option(help="w4a16, w4a8, nf4, fp4, w8a8 or w8a16")] = "w4a16",
     method: Annotated[str, typer.Option(help="rtn or hqq; gptq or awq, which look at data")] = "rtn",
     group_size: Annotated[int, typer.Option(help="weights that share a scale: 32, 64 or 128")] = 64,
-    symmetric: Annotated[bool, typer.Option(help="w4a16 without zero points")] = True,
+    symmetric: Annotated[bool, typer.Option(help="w4a16 and w4a8 without zero points")] = True,
     samples: Annotated[int, typer.Option(min=1, help="training examples to look at")] = 256,
     embeddings: Annotated[str | None, typer.Option(help="also the embeddings: w8a16, w4a16, nf4 or fp4")] = None,
     recipe: Annotated[

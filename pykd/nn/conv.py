@@ -129,7 +129,8 @@ def _columns(fields: dict[str, Any]) -> int:
 
 
 class Conv2d4bit(CompressedConv2d, Weight4bit):
-    """`nn.Conv2d` with a 4-bit weight (schemes as in `Linear4bit`).
+    """`nn.Conv2d` with a 4-bit weight (schemes as in `Linear4bit`); with "w4a8" a 1x1 one rounds the channels of every
+    pixel to int8, and others, which compute from a dense weight, keep their activations.
 
     >>> conv = Conv2d4bit.from_conv2d(nn.Conv2d(8, 16, 1), scheme="w4a16", group_size=32)
     >>> conv(torch.zeros(1, 8, 5, 5)).shape

@@ -25,8 +25,11 @@ from pykd.ops.int4_r16 import (
 )
 from pykd.ops.linear_4bit import linear_4bit
 
-#: Scheme -> code of its weights; w4a16 with `symmetric=False` is uint4.
-SCHEMES_4BIT: dict[str, str] = {"w4a16": "int4", "nf4": "nf4", "fp4": "fp4"}
+#: Scheme -> code of its weights; int4 with `symmetric=False` is uint4.
+SCHEMES_4BIT: dict[str, str] = {"w4a16": "int4", "w4a8": "int4", "nf4": "nf4", "fp4": "fp4"}
+
+#: Those that round activations to int8 in each call, with a scale per row and group; the others keep them.
+ROUNDING_4BIT = ("w4a8",)
 
 
 class Weight4bit(CompressedModule):
@@ -46,13 +49,14 @@ class Weight4bit(CompressedModule):
     def __init__(self, rows: int, columns: int, scheme: str, group_size: int | None, symmetric: bool) -> None:
         if scheme not in SCHEMES_4BIT:
             raise ValueError(nearest("4-bit scheme", scheme, SCHEMES_4BIT))
-        if not symmetric and scheme != "w4a16":
-            raise ValueError(f"symmetric=False goes with scheme 'w4a16' only, got {scheme!r}")
+        if not symmetric and SCHEMES_4BIT[scheme] != "int4":
+            raise ValueError(f"symmetric=False goes with schemes 'w4a16' and 'w4a8' only, got {scheme!r}")
         super().__init__(torch.float32)
         self.rows, self.columns = rows, columns
         self.scheme, self.symmetric = scheme, symmetric
         self.group_size = columns if group_size is None else group_size
         self.code = SCHEMES_4BIT[scheme] if symmetric else "uint4"
+        self.inputs = "int8" if scheme in ROUNDING_4BIT else "keep"
         self.nnz: int | None = None
 
     def _take(self, tensors: FourBit, dtype: torch.dtype) -> None:
@@ -106,7 +110,12 @@ class Weight4bit(CompressedModule):
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias from whatever layout is resident."""
-        options: dict[str, Any] = {"bias": bias, "code": self.code, "group_size": self.group_size}
+        options: dict[str, Any] = {
+            "bias": bias,
+            "code": self.code,
+            "group_size": self.group_size,
+            "inputs": self.inputs,
+        }
         packed = self._buffers.get("packed")
         if packed is not None:
             return linear_4bit(x, packed, out_features=self.rows, **options)
@@ -187,7 +196,7 @@ class Weight4bit(CompressedModule):
 class Linear4bit(Weight4bit):
     """`nn.Linear` with a 4-bit weight: see `pykd.linear_4bit` for the arithmetic, `from_linear` for how to make one.
 
-    The weight is frozen; gradients flow to the input and the bias.
+    The weight is frozen; gradients flow to the input (with w4a8, straight through its rounding) and the bias.
 
     >>> layer = Linear4bit.from_linear(nn.Linear(64, 16), scheme="nf4", group_size=32)
     >>> layer(torch.zeros(2, 64)).shape
@@ -209,9 +218,10 @@ class Linear4bit(Weight4bit):
 
         Args:
             linear: the layer; it is not changed, its bias is shared.
-            scheme: "w4a16" (int4), "nf4" or "fp4".
+            scheme: "w4a16" (int4), "nf4" or "fp4"; "w4a8" is int4, and rounds activations to int8 in each call, with a
+                scale per row and group.
             group_size: inputs that share a scale; None is the whole row.
-            symmetric: for w4a16: False stores an integer zero point per group.
+            symmetric: for w4a16 and w4a8: False stores an integer zero point per group.
         """
         layer = cls(linear.in_features, linear.out_features, scheme, group_size, symmetric)
         return layer._fill(linear, quantize_4bit(linear.weight, code=layer.code, group_size=layer.group_size))

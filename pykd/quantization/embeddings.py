@@ -10,12 +10,12 @@ from torch import nn
 
 from pykd.errors import nearest
 from pykd.nn import Embedding4bit, Embedding8bit, TiedEmbedding, TiedLinear
-from pykd.nn.linear_4bit import SCHEMES_4BIT
+from pykd.nn.linear_4bit import ROUNDING_4BIT, SCHEMES_4BIT
 from pykd.nn.selection import replace_layer, sharing
 from pykd.nn.tied import Tied
 
 #: Schemes of embeddings: there is no activation to round.
-EMBEDDING_SCHEMES: tuple[str, ...] = (*SCHEMES_4BIT, "w8a16")
+EMBEDDING_SCHEMES: tuple[str, ...] = (*(name for name in SCHEMES_4BIT if name not in ROUNDING_4BIT), "w8a16")
 
 
 def check_embeddings(scheme: object) -> None:

@@ -49,5 +49,5 @@ def check_method(scheme: object, method: object, *, symmetric: bool = True) -> N
             f"method {method!r} chooses 4-bit codes, and scheme {shown!r} has none: use method='rtn', or scheme "
             f"{', '.join(SCHEMES_4BIT)}"
         )
-    if not symmetric and scheme != "w4a16":
-        raise ValueError(f"symmetric=False stores zero points of scheme 'w4a16', got scheme {shown!r}")
+    if not symmetric and SCHEMES_4BIT.get(shown) != "int4":
+        raise ValueError(f"symmetric=False stores zero points of schemes 'w4a16' and 'w4a8', got scheme {shown!r}")

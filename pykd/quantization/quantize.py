@@ -47,15 +47,16 @@ def quantize(
     """Quantize the Linear and Conv2d layers of ``model`` in place, and its embeddings on request; returns it.
 
     Args:
-        scheme: "w4a16", "nf4", "fp4" (weights in 4 bits), "w8a8" (weights and, at each call, activations in 8 bits),
-            "w8a16" (weights in 8 bits) or a function of (dense layer, group size) that returns the packed layer.
+        scheme: "w4a16", "nf4", "fp4" (weights in 4 bits), "w4a8" (and activations in 8 bits, rounded at each call under
+            a scale per row and group), "w8a8" (weights in 8 bits, and activations under a scale per row), "w8a16"
+            (weights in 8 bits) or a function of (dense layer, group size) that returns the packed layer.
         method: how 4-bit codes are chosen. Without data: "rtn", round to nearest; "hqq" (Badri and Shaji 2023), scales
             that outliers do not spoil. By the error of the layer's outputs on ``data``: "gptq" (Frantar et al. 2022),
             codes that make up for each other's errors; "awq" (after Lin et al. 2023), scales only. Or a function like
             these, (weight, inputs, *, code, group_size) -> FourBit, which gets statistics of the inputs when there is
             ``data`` and None when not. Only "rtn" goes with 8 bits.
         group_size: inputs that share a scale in the 4-bit schemes.
-        symmetric: False stores an integer zero point per group; scheme "w4a16" only.
+        symmetric: False stores an integer zero point per group; schemes "w4a16" and "w4a8" only.
         data: examples for the methods that look at inputs, not read by "rtn" and "hqq": a DataBundle (its training
             split), or an iterable of batches, as dicts of tensors by input name or as tensors. Labels are not used.
         samples: how many examples; batch_size: how many at once, from a DataBundle; seed: which, from a DataBundle.

@@ -12,10 +12,12 @@ from pykd.nn.codecs.four_bit import FourBit
 #: (dense layer, group size) -> packed layer: what a caller may give instead of the name of a scheme.
 Scheme = Callable[[nn.Module, int], CompressedModule]
 
-#: Name -> how weights are stored. Activations: as they are, but for w8a8, which rounds them to 8 bits at each call.
+#: Name -> how weights are stored. Activations: as they are, but for w4a8 and w8a8, which round them to 8 bits at each
+#: call (in convolutions: only where the kernel is 1x1).
 #: nf4: quantiles of the normal distribution (Dettmers et al. 2023).
 SCHEMES: dict[str, str] = {
     "w4a16": "4 bits, whole numbers",
+    "w4a8": "4 bits, whole numbers",
     "nf4": "4 bits, a table",
     "fp4": "4 bits, floating point",
     "w8a8": "8 bits, whole numbers",

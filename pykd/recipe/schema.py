@@ -111,7 +111,7 @@ class Quantize(Section):
     scheme: str = "w4a16"
     method: str = Field("rtn", description="how 4-bit codes are chosen: rtn, hqq, gptq or awq")
     group_size: int = Field(64, description="weights that share one scale; ignored by w8a8 and w8a16")
-    symmetric: bool = Field(True, description="false stores zero points; scheme w4a16 only")
+    symmetric: bool = Field(True, description="false stores zero points; schemes w4a16 and w4a8 only")
     samples: int = Field(256, ge=1, description="training examples that gptq and awq look at")
     batch_size: int = Field(16, ge=1, description="of them at once")
     embeddings: str | None = Field(None, description="scheme of the embeddings: w8a16, w4a16, nf4 or fp4; none: as is")

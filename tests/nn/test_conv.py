@@ -98,3 +98,16 @@ def test_an_unfilled_layer_and_an_image_without_batch() -> None:
     pointwise = Conv2d4bit.from_conv2d(nn.Conv2d(8, 4, 1), scheme="nf4", group_size=None)
     assert pointwise(x).shape == (4, 5, 5)
     assert "kernel_size=(1, 1)" in repr(pointwise) and "scheme=nf4" in repr(pointwise)
+
+
+def test_w4a8_rounds_the_activations_of_pointwise_convolutions_only() -> None:
+    x = torch.randn(2, 8, 6, 5)
+    for kernel_size in (1, 3):
+        conv = nn.Conv2d(8, 12, kernel_size)
+        rounds, keeps = (Conv2d4bit.from_conv2d(conv, scheme=scheme) for scheme in ("w4a8", "w4a16"))
+        assert torch.equal(rounds.weight, keeps.weight)
+        assert torch.equal(rounds(x), keeps(x)) == (kernel_size == 3)
+        torch.testing.assert_close(rounds(x), keeps(x), rtol=0.03, atol=0.03)
+        again = COMPRESSED["Conv2d4bit"].from_spec(rounds.spec())
+        again.load_state_dict(rounds.state_dict())
+        assert torch.equal(again(x), rounds(x))

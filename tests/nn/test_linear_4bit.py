@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from pykd.nn import COMPRESSED, Linear4bit
 from pykd.nn import linear_4bit as module
 from pykd.nn.codecs.four_bit import dequantize_4bit, quantize_4bit
+from pykd.ops.linear_4bit import quantize_groups
 
 CASES: list[dict[str, Any]] = [
     {},
     {"scheme": "nf4", "group_size": 64},
     {"scheme": "fp4", "group_size": None},
     {"symmetric": False, "group_size": 20},
+    {"scheme": "w4a8"},
+    {"scheme": "w4a8", "symmetric": False, "group_size": 20},
 ]
 
 
@@ -37,11 +40,28 @@ def test_computes_what_its_dense_layer_computes(case: dict[str, Any], zeros: flo
     linear, compressed = layer(case, zeros=zeros)
     dense = compressed.to_dense()
     x = torch.randn(3, 5, 67)
-    torch.testing.assert_close(compressed(x), dense(x), rtol=1e-5, atol=1e-5)
+    tolerance = 0.03 if case.get("scheme") == "w4a8" else 1e-5
+    torch.testing.assert_close(compressed(x), dense(x), rtol=tolerance, atol=tolerance)
     assert dense.bias is linear.bias
     assert torch.equal(compressed.weight, compressed.dequantize()) and compressed.weight.shape == linear.weight.shape
     assert (compressed.weight[linear.weight == 0] == 0).all()
     assert (compressed(x) - linear(x)).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_w4a8_is_w4a16_with_rounded_activations(symmetric: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(67, 45)
+    rounds = Linear4bit.from_linear(linear, scheme="w4a8", symmetric=symmetric)
+    keeps = Linear4bit.from_linear(linear, symmetric=symmetric)
+    assert {**rounds.spec(), "scheme": "w4a16"} == keeps.spec()
+    for name, tensor in keeps.state_dict().items():
+        assert torch.equal(rounds.state_dict()[name], tensor)
+    x = torch.randn(5, 67)
+    codes, scales = quantize_groups(x, 32)
+    rounded = codes * scales.repeat_interleave(32, dim=1)[:, :67]
+    torch.testing.assert_close(rounds(x), keeps(rounded), rtol=1e-5, atol=1e-5)
+    assert (rounds(x) - keeps(x)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -154,7 +174,7 @@ def test_repr_says_what_it_is() -> None:
     ("case", "message"),
     [
         ({"scheme": "w4a61"}, "unknown 4-bit scheme 'w4a61': did you mean 'w4a16'"),
-        ({"scheme": "nf4", "symmetric": False}, "symmetric=False goes with scheme 'w4a16' only, got 'nf4'"),
+        ({"scheme": "nf4", "symmetric": False}, "symmetric=False goes with schemes 'w4a16' and 'w4a8' only, got 'nf4'"),
     ],
 )
 def test_errors(case: dict[str, Any], message: str) -> None:

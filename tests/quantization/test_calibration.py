@@ -240,6 +240,6 @@ def test_what_it_refuses() -> None:
         quantize(model, method="gtpq")
     with pytest.raises(ValueError, match="method 'gptq' chooses 4-bit codes, and scheme 'w8a8' has none: use method="):
         quantize(model, "w8a8", method="gptq", data=texts())
-    with pytest.raises(ValueError, match="symmetric=False stores zero points of scheme 'w4a16', got scheme 'nf4'"):
+    with pytest.raises(ValueError, match=r"symmetric=False stores zero points of schemes .*, got scheme 'nf4'"):
         quantize(model, "nf4", symmetric=False)
     assert not hasattr(model, "pykd_report")

@@ -19,7 +19,7 @@ from pykd.quantization.quantize import stored_bytes
 
 TOKENS = torch.arange(3, 17).view(2, 7)
 #: scheme: largest relative error of the layer's output that plain rounding may make (L2, random weights)
-TOLERANCE = {"w4a16": 0.16, "nf4": 0.13, "fp4": 0.17, "w8a8": 0.015, "w8a16": 0.01}
+TOLERANCE = {"w4a16": 0.16, "w4a8": 0.16, "nf4": 0.13, "fp4": 0.17, "w8a8": 0.015, "w8a16": 0.01}
 
 
 def bert() -> nn.Module:

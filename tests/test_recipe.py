@@ -140,7 +140,7 @@ def test_the_hash_is_of_what_is_computed() -> None:
         ("data/image_sise", 8, r"data\.image_sise: unknown key 'image_sise': did you mean 'image_size'\?"),
         ("stagess", [], r"stagess: unknown key 'stagess': did you mean 'stages'\?"),
         ("stages/1/prune/sparsity", 1.0, r"stages\[1\]\.prune\.sparsity: input should be less than 1, got 1.0"),
-        ("stages/1", {}, r"stages\[1\]: a stage is one of distill, prune, recover, quantize, but this one names none"),
+        ("stages/1", {}, r"stages\[1\]: a stage is one of distill, .* quantize, qat, but this one names none"),
         ("stages/1", {"prune": {}, "quantize": {}}, r"stages\[1\]: a stage is one of .* names prune, quantize"),
         ("stages/1", "prune", r"stages\[1\]: expected a section of keys, got 'prune'"),
         ("stages", [], r"stages: list should have at least 1 item"),
@@ -167,6 +167,30 @@ def test_quantized_weights_cannot_be_trained_on() -> None:
     content = {**GOOD, "stages": [{"quantize": {}}, {"recover": {}}]}
     with pytest.raises(RecipeError, match=r"stages\[1\]\.recover comes after stages\[0\]\.quantize, .* move quantize"):
         load_recipe(content)
+    content = {**GOOD, "stages": [{"qat": {}}, {"recover": {}}]}
+    with pytest.raises(RecipeError, match=r"stages\[1\]\.recover comes after stages\[0\]\.qat, .* move qat to the end"):
+        load_recipe(content)
+    assert load_recipe({**GOOD, "stages": [{"qat": {"scheme": "nf4"}}, {"quantize": {"embeddings": "w8a16"}}]}).stages
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"scheme": "w4a61"},
+            r"stages\[0\]\.qat\.scheme: unknown scheme for .* training 'w4a61': did you mean 'w4a16'",
+        ),
+        (
+            {"scheme": "nf4", "symmetric": False},
+            r"stages\[0\]\.qat: symmetric=False stores zero points of scheme 'w4a16'",
+        ),
+        ({"search_every": 0}, r"stages\[0\]\.qat\.search_every: input should be greater than or equal to 1"),
+        ({"alpha": 2}, r"stages\[0\]\.qat\.alpha: input should be less than or equal to 1"),
+    ],
+)
+def test_what_a_qat_stage_refuses(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe({**GOOD, "stages": [{"qat": settings}]})
 
 
 def test_a_bare_stage_has_its_defaults_and_none_is_kept() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pykd.nn.compressed import CompressedModule
 from pykd.nn.conv import Conv2d4bit, Conv2d8bit
 from pykd.nn.embedding import Embedding4bit, Embedding8bit
+from pykd.nn.fake_quantized import QATConv2d, QATLinear
 from pykd.nn.kd_loss import KDLoss
 from pykd.nn.linear_4bit import Linear4bit
 from pykd.nn.linear_8bit import Linear8bit
@@ -22,6 +23,8 @@ __all__ = [
     "KDLoss",
     "Linear4bit",
     "Linear8bit",
+    "QATConv2d",
+    "QATLinear",
     "SparseConv2d",
     "SparseLinear",
     "TiedEmbedding",

@@ -1,4 +1,4 @@
-"""The four kinds of stages: each takes the model as the stage before left it and calls one verb."""
+"""The kinds of stages: each takes the model as the stage before left it and calls one verb."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from pykd.data import DataBundle
 from pykd.distillation import distill
 from pykd.pruning import prune
-from pykd.quantization import quantize
-from pykd.recipe.schema import Distill, Prune, Quantize, Recipe, Stage, Train
+from pykd.quantization import convert_qat, prepare_qat, quantize
+from pykd.recipe.schema import Distill, Prune, Qat, Quantize, Recipe, Stage, Train
 from pykd.training.checkpoint import has_checkpoint
 
 
@@ -91,9 +91,24 @@ def _quantize(settings: Any, model: nn.Module, context: Context) -> nn.Module:
     )
 
 
+def _qat(settings: Any, model: nn.Module, context: Context) -> nn.Module:
+    assert isinstance(settings, Qat)
+    prepare_qat(
+        model,
+        settings.scheme,
+        group_size=settings.group_size,
+        symmetric=settings.symmetric,
+        search_every=settings.search_every,
+        include=settings.include,
+        exclude=settings.exclude,
+    )
+    return convert_qat(_distill(settings, model, context))
+
+
 STAGES: dict[str, Callable[[Any, nn.Module, Context], nn.Module]] = {
     "distill": _distill,
     "prune": _prune,
     "recover": _distill,
     "quantize": _quantize,
+    "qat": _qat,
 }

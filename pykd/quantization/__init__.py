@@ -5,15 +5,20 @@ from __future__ import annotations
 from pykd.quantization.embeddings import EMBEDDING_SCHEMES, check_embeddings
 from pykd.quantization.inputs import Inputs
 from pykd.quantization.methods import METHODS, check_method
+from pykd.quantization.qat import QAT_SCHEMES, check_qat, convert_qat, prepare_qat
 from pykd.quantization.quantize import quantize
 from pykd.quantization.schemes import SCHEMES
 
 __all__ = [
     "EMBEDDING_SCHEMES",
     "METHODS",
+    "QAT_SCHEMES",
     "SCHEMES",
     "Inputs",
     "check_embeddings",
     "check_method",
+    "check_qat",
+    "convert_qat",
+    "prepare_qat",
     "quantize",
 ]

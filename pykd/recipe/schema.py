@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pykd.errors import nearest
 from pykd.pruning import METHODS
-from pykd.quantization import check_embeddings, check_method
+from pykd.quantization import check_embeddings, check_method, check_qat
 from pykd.training import TrainConfig
 
 
@@ -142,6 +142,29 @@ class Quantize(Section):
         return self
 
 
+class Qat(Recover):
+    """Train with the teacher while weights are rounded (quantization-aware training), then pack them."""
+
+    lr: float = 1e-4
+    scheme: str = "w4a16"
+    group_size: int = Field(64, ge=1, description="weights that share one scale; ignored by w8a8 and w8a16")
+    symmetric: bool = Field(True, description="false stores zero points; scheme w4a16 only")
+    search_every: int = Field(50, ge=1, description="training steps from one search for 4-bit scales to the next")
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, scheme: str) -> str:
+        check_qat(scheme)
+        return scheme
+
+    @model_validator(mode="after")
+    def _fit(self) -> Qat:
+        check_qat(self.scheme, symmetric=self.symmetric)
+        return self
+
+
 class Stage(Section):
     """One step of the compression: exactly one of these keys."""
 
@@ -149,6 +172,7 @@ class Stage(Section):
     prune: Prune | None = None
     recover: Recover | None = None
     quantize: Quantize | None = None
+    qat: Qat | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -166,13 +190,13 @@ class Stage(Section):
 
     @property
     def kind(self) -> str:
-        """distill, prune, recover or quantize."""
+        """distill, prune, recover, quantize or qat."""
         return next(iter(self.model_fields_set))
 
     @property
-    def settings(self) -> Distill | Prune | Recover | Quantize:
+    def settings(self) -> Distill | Prune | Recover | Quantize | Qat:
         """What stands under the key."""
-        found: Distill | Prune | Recover | Quantize = getattr(self, self.kind)
+        found: Distill | Prune | Recover | Quantize | Qat = getattr(self, self.kind)
         return found
 
 
@@ -258,10 +282,11 @@ class Recipe(Section):
             if stage.kind == "distill" and self.student is None:
                 raise ValueError(f"stages[{index}].distill needs a student: add one, or use recover to fine-tune")
             if packed is not None and stage.kind != "quantize":
+                earlier = self.stages[packed].kind
                 raise ValueError(
-                    f"stages[{index}].{stage.kind} comes after stages[{packed}].quantize, whose packed weights no "
-                    "longer change: move quantize to the end"
+                    f"stages[{index}].{stage.kind} comes after stages[{packed}].{earlier}, whose packed weights no "
+                    f"longer change: move {earlier} to the end"
                 )
-            if stage.kind == "quantize":
+            if stage.kind in ("quantize", "qat"):
                 packed = index
         return self

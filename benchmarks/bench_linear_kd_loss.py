@@ -101,7 +101,9 @@ def seconds(call: Callable[[], Any]) -> float:
 def extra_bytes(shape: tuple[int, int, int], name: str) -> int:
     """Growth of the largest resident set over one step in a fresh process, less the gradients returned."""
     command = [sys.executable, __file__, *map(str, shape), name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Without the pool, whose memory of the preparation would count as there before the step.
+    environment = {**os.environ, "PYKD_POOL_BYTES": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout)
 
 

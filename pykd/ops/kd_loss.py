@@ -75,7 +75,7 @@ def kl_div_loss(
     >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
     (0.7405, [-0.5817, 0.1244, 0.4573])
     """
-    options, rows = _options(student_logits, teacher_logits, temperature, direction, beta, 1.0, 0.0, scale_t2)
+    options, rows = loss_options(student_logits, teacher_logits, temperature, direction, beta, 1.0, 0.0, scale_t2)
     check_reduction(reduction, num_items)
     scale = row_scale(student_logits, None, mask, weights, reduction, num_items)
     return reduce(_call(student_logits, teacher_logits, None, scale, options, False), reduction, rows)
@@ -130,7 +130,7 @@ def kd_loss(
     1.2767
     """
     check_shares(alpha, label_smoothing)
-    options, rows = _options(
+    options, rows = loss_options(
         student_logits, teacher_logits, temperature, direction, beta, alpha, label_smoothing, scale_t2
     )
     flat, scale = labels_and_scale(
@@ -147,7 +147,7 @@ def kd_loss(
     return reduce(_call(student_logits, teacher_logits, flat, scale, options, inplace), reduction, rows)
 
 
-def _options(
+def loss_options(
     student: Tensor,
     teacher: Tensor,
     temperature: float,

@@ -16,7 +16,7 @@ from torch import Tensor
 from pykd.ops.dispatch import TABLE, Route, lib
 from pykd.ops.kl_div import Options, check_labels
 from pykd.ops.linear_kd_head import Gradients, Head
-from pykd.ops.row_loss import _OnlyOnce
+from pykd.ops.row_loss import OnlyOnce
 
 _HEADS = ", ".join(
     f"Tensor {side}_hidden, Tensor {side}_weight, Tensor? {side}_bias, float? {side}_softcap"
@@ -159,7 +159,7 @@ def _again(ctx: Any, upstream: Tensor, wanted: list[bool]) -> list[Tensor | None
 
 def _refuse_twice(gradient: Tensor) -> Tensor:
     if type(gradient) is Tensor and torch.is_grad_enabled():  # create_graph=True
-        return _OnlyOnce.apply(gradient.requires_grad_(), "linear_kd_loss")  # type: ignore[no-untyped-call, no-any-return]
+        return OnlyOnce.apply(gradient.requires_grad_(), "linear_kd_loss")  # type: ignore[no-untyped-call, no-any-return]
     return gradient
 
 

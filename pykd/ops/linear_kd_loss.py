@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykd.ops import linear_kd  # noqa: F401  (registers the op)
-from pykd.ops.kd_loss import _options
+from pykd.ops.kd_loss import loss_options
 from pykd.ops.kd_loss_checks import check_shares, labels_and_scale
 from pykd.ops.linear_kd_head import Head
 
@@ -85,7 +85,7 @@ def linear_kd_loss(
     student = _head("student", student_hidden, student_weight, student_bias, "softcap", softcap, dtype)
     teacher = _head("teacher", teacher_hidden, teacher_weight, teacher_bias, "teacher_softcap", teacher_softcap, dtype)
     _check_together(student_hidden, teacher_hidden, chunk_bytes)
-    options, rows = _options(
+    options, rows = loss_options(
         student_hidden, teacher_hidden, temperature, direction, beta, given, label_smoothing, scale_t2
     )
     flat, scale = labels_and_scale(

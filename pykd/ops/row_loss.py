@@ -16,7 +16,7 @@ from pykd.ops import memory
 from pykd.ops.dispatch import lib
 
 
-class _OnlyOnce(torch.autograd.Function):
+class OnlyOnce(torch.autograd.Function):
     """Identity on the gradient; differentiating it once more is an error instead of a silent zero."""
 
     @staticmethod
@@ -55,7 +55,7 @@ def _chain(op: str, gradient: Tensor, upstream: Tensor) -> Tensor:
     plain = type(gradient) is Tensor and type(upstream) is Tensor
     if plain and torch.is_grad_enabled():  # create_graph=True
         twice = (gradient * upstream.detach().unsqueeze(1)).to(gradient.dtype)
-        return _OnlyOnce.apply(twice.requires_grad_(), op)  # type: ignore[no-untyped-call, no-any-return]
+        return OnlyOnce.apply(twice.requires_grad_(), op)  # type: ignore[no-untyped-call, no-any-return]
     if plain and upstream.device.type == "cpu":
         return scale_gradient(gradient, upstream)
     return (gradient * upstream.unsqueeze(1)).to(gradient.dtype)

@@ -2,7 +2,8 @@
 
 Each case is checked first against float64 with the dequantized weights. `extra_info` of every result holds the largest
 error over the sum of magnitudes, the bytes of one weight, the bandwidth they imply and that of a read probe run in the
-same minute. A second test prints ratios of interleaved rounds, which load on the machine moves far less than times.
+same minute. A second test prints ratios of interleaved rounds, which load on the machine moves far less than times, and
+the errors beside them.
 PYKD_BENCH=small runs the smallest shape once.
 """
 
@@ -36,6 +37,9 @@ PEERS = [
     "pykd uint4",
     "pykd nf4",
     "pykd int4, bf16 x",
+    "pykd w4a8",
+    "pykd w4a8, uint4",
+    "pykd w4a8, bf16 x",
     "torch dense fp32",
     "torch dense bf16",
     "torch dynamic int8",
@@ -43,6 +47,7 @@ PEERS = [
     "torch int4, bf16 x",
     "ONNX Runtime int4",
 ]
+OURS = ["pykd int4", "pykd w4a8"]  # whose times are divided by those of all others
 
 
 class Case:
@@ -63,10 +68,11 @@ class Case:
         """The peer as a function of the turn, the bytes of one of its weights, and the weight that it stands for."""
         x, (out, columns) = self.x.bfloat16() if "bf16" in peer else self.x, self.weight.shape
         if peer.startswith("pykd"):
-            code = peer.split()[1].strip(",")
+            code = "uint4" if "uint4" in peer else "nf4" if "nf4" in peer else "int4"
             tensors = quantize_4bit(self.weight, code=code, group_size=GROUP)
             packed = pack_r16(*tensors, in_features=columns, group_size=GROUP)
             options: dict[str, Any] = {"code": code, "out_features": out, "group_size": GROUP}
+            options["inputs"] = "int8" if "w4a8" in peer else "keep"
             call = lambda layer: linear_4bit(x, layer, **options)  # noqa: E731
             return *self.rotate(call, packed.clone, packed.nbytes), _dense(tensors, code, columns)
         if peer.startswith("torch dense"):
@@ -156,7 +162,7 @@ def check(case: Case, call: Callable[[int], Any], peer: str, weight: Tensor) -> 
     got = torch.as_tensor(call(0)).double()
     want = F.linear(case.x.double(), weight.double())
     error = float(((got - want).abs() / F.linear(case.x.double().abs(), weight.double().abs())).max())
-    rounds = any(name in peer for name in ("bf16", "int8", "ONNX"))
+    rounds = any(name in peer for name in ("bf16", "int8", "ONNX", "w4a8"))
     assert error < (2e-2 if rounds else 1e-6), f"{peer}: relative error {error:.1e}"
     return error
 
@@ -196,23 +202,29 @@ def bench_linear_4bit(benchmark: Any, shape: tuple[int, int], rows: int, peer: s
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ratios(shape: tuple[int, int], rows: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Interleaved rounds: the time of pykd int4 over that of each peer (median of the rounds' ratios)."""
+    """Interleaved rounds: the times of OURS over those of each peer (medians of the rounds' ratios), and all errors."""
     case = Case(*shape, rows)
-    peers = [peer for peer in PEERS if not unfit(peer, rows)]
-    calls = {peer: case.call(peer)[0] for peer in peers}
-    times: dict[str, list[float]] = {peer: [] for peer in peers}
+    calls, errors = {}, {}
+    times: dict[str, list[float]] = {peer: [] for peer in PEERS if not unfit(peer, rows)}
     with torch.inference_mode():
+        for peer in times:
+            calls[peer], _, weight = case.call(peer)
+            errors[peer] = check(case, calls[peer], peer, weight)
         for turn in range(ROUNDS + 1):
             for peer, call in calls.items():
                 start = time.perf_counter()
                 call(turn)
                 times[peer].append(time.perf_counter() - start)
-    ratios = {
-        peer: statistics.median(a / b for a, b in zip(times[PEERS[0]][1:], taken[1:], strict=True))
-        for peer, taken in times.items()
-    }
-    text = ", ".join(f"{ratio:.2f} of {peer}" for peer, ratio in ratios.items() if peer != PEERS[0])
+    lines = [", ".join(f"{error:.0e} {peer}" for peer, error in errors.items())]
+    for ours in OURS:
+        ratios = {
+            peer: statistics.median(a / b for a, b in zip(times[ours][1:], taken[1:], strict=True))
+            for peer, taken in times.items()
+            if peer != ours
+        }
+        assert all(ratio > 0 for ratio in ratios.values())
+        median_us = statistics.median(times[ours][1:]) * 1e6
+        text = ", ".join(f"{ratio:.2f} of {peer}" for peer, ratio in ratios.items())
+        lines.insert(-1, f"{ours} {median_us:.0f} us = {text}")
     with capsys.disabled():
-        median_us = statistics.median(times[PEERS[0]][1:]) * 1e6
-        print(f"\n{shape[0]} x {shape[1]}, rows {rows}: {PEERS[0]} {median_us:.0f} us = {text}")
-    assert all(ratio > 0 for ratio in ratios.values())
+        print(f"\n{shape[0]} x {shape[1]}, rows {rows}: " + "\n  ".join([*lines[:-1], f"errors: {lines[-1]}"]))

@@ -182,7 +182,7 @@ def test_quantized_weights_cannot_be_trained_on() -> None:
         ),
         (
             {"scheme": "nf4", "symmetric": False},
-            r"stages\[0\]\.qat: symmetric=False stores zero points of scheme 'w4a16'",
+            r"stages\[0\]\.qat: symmetric=False stores zero points of schemes 'w4a16'",
         ),
         ({"search_every": 0}, r"stages\[0\]\.qat\.search_every: input should be greater than or equal to 1"),
         ({"alpha": 2}, r"stages\[0\]\.qat\.alpha: input should be less than or equal to 1"),

@@ -12,6 +12,7 @@ from pykd.nn.linear_8bit import Linear8bit
 from pykd.nn.sparse_conv import SparseConv2d
 from pykd.nn.sparse_linear import SparseLinear
 from pykd.nn.tied import TiedEmbedding, TiedLinear
+from pykd.ops.int4_r16 import codebook_code
 
 __all__ = [
     "COMPRESSED",
@@ -29,6 +30,7 @@ __all__ = [
     "SparseLinear",
     "TiedEmbedding",
     "TiedLinear",
+    "codebook_code",
 ]
 
 #: `type` in the description of a saved layer -> the class that it is rebuilt with. One line per compressed layer.

@@ -19,10 +19,11 @@ from pykd.nn.codecs.eight_bit import dequantize_8bit, quantize_8bit
 from pykd.nn.codecs.four_bit import FourBit, from_levels, nearest_levels, quantize_4bit
 from pykd.nn.compressed import CompressedModule
 from pykd.nn.conv import _FIELDS, Conv2d4bit, Conv2d8bit
-from pykd.nn.linear_4bit import SCHEMES_4BIT, Linear4bit
+from pykd.nn.linear_4bit import ROUNDING_4BIT, Linear4bit, code_of
 from pykd.nn.linear_8bit import Linear8bit
 from pykd.ops.int4_r16 import groups_of, unpack_nibbles
-from pykd.ops.linear_8bit import SCHEMES_8BIT, quantize_rows
+from pykd.ops.linear_4bit import quantize_groups
+from pykd.ops.linear_8bit import SCHEMES_8BIT
 
 
 class StraightThrough(torch.autograd.Function):
@@ -48,15 +49,16 @@ def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
     return result
 
 
-def rounded_rows(x: Tensor) -> Tensor:
-    """Activations [..., features] as `linear_8bit` rounds them in w8a8: to int8, with a scale per row.
+def rounded_inputs(x: Tensor, group_size: int | None = None) -> Tensor:
+    """Activations [..., features] as w8a8 rounds them, to int8 with a scale per row; or as w4a8, with one per group.
 
-    >>> rounded_rows(torch.tensor([[127.0, 0.4, -3.0]]))
+    >>> rounded_inputs(torch.tensor([[127.0, 0.4, -3.0]]))
     tensor([[127.,   0.,  -3.]])
     """
-    flat = x.detach().reshape(-1, x.shape[-1])
-    codes, scales = quantize_rows(flat)
-    return straight_through(x, (codes.float() * scales).to(x.dtype).view(x.shape))
+    size = groups_of(x.shape[-1], x.shape[-1] if group_size is None else group_size).size
+    codes, scales = quantize_groups(x.detach().reshape(-1, x.shape[-1]), size)
+    rounded = codes.float() * scales.repeat_interleave(size, dim=1)[:, : x.shape[-1]]
+    return straight_through(x, rounded.to(x.dtype).view(x.shape))
 
 
 class FakeQuantized(nn.Module, abc.ABC):
@@ -77,18 +79,19 @@ class FakeQuantized(nn.Module, abc.ABC):
     kept: Tensor | None
 
     def _prepare(
-        self, source: Any, scheme: str, group_size: int, symmetric: bool, search_every: int, kept: Tensor | None
+        self, source: Any, scheme: str, group_size: int | None, symmetric: bool, search_every: int, kept: Tensor | None
     ) -> Self:
         """Take over parameters and mode of a dense layer; they are shared, so that optimizers keep their hold."""
         self.weight = source.weight
         self.bias = source.bias
-        self.scheme, self.group_size, self.symmetric = scheme, group_size, symmetric
+        self.scheme, self.symmetric = scheme, symmetric
+        self.group_size = self.weight[0].numel() if group_size is None else group_size
         self.search_every, self.passes = search_every, 0
-        self.code = None if scheme in SCHEMES_8BIT else SCHEMES_4BIT[scheme] if symmetric else "uint4"
+        self.code = None if scheme in SCHEMES_8BIT else code_of(scheme, symmetric=symmetric)
         self.register_buffer("kept", kept)
         self.register_buffer("zeros", None)
         if self.code is not None:
-            groups = groups_of(self.weight[0].numel(), group_size).number
+            groups = groups_of(self.weight[0].numel(), self.group_size).number
             shape = (len(self.weight), groups)
             self.register_buffer("scales", torch.zeros(shape, dtype=torch.float16, device=self.weight.device))
             if not symmetric:
@@ -125,6 +128,14 @@ class FakeQuantized(nn.Module, abc.ABC):
     @abc.abstractmethod
     def convert(self) -> CompressedModule:
         """The packed layer."""
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the packed layer rounds its activations."""
+        return SCHEMES_8BIT.get(self.scheme, self.scheme in ROUNDING_4BIT)
+
+    def _rounds(self, x: Tensor) -> Tensor:
+        return rounded_inputs(x, None if self.code is None else self.group_size)
 
     def _matrix(self) -> Tensor:
         exact = self.weight.detach() if self.kept is None else self.weight.detach() * self.kept
@@ -183,7 +194,7 @@ class QATLinear(FakeQuantized, nn.Linear):
         linear: nn.Linear,
         *,
         scheme: str = "w4a16",
-        group_size: int = 64,
+        group_size: int | None = 64,
         symmetric: bool = True,
         search_every: int = 50,
         kept: Tensor | None = None,
@@ -200,14 +211,14 @@ class QATLinear(FakeQuantized, nn.Linear):
         return Linear4bit.from_codes(self, self.tensors(), scheme=self.scheme, **options)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = rounded_rows(input) if SCHEMES_8BIT.get(self.scheme, False) else input
+        x = self._rounds(input) if self.rounds_inputs else input
         return F.linear(x, self._trained(), self.bias)
 
 
 class QATConv2d(FakeQuantized, nn.Conv2d):
     """`nn.Conv2d` under quantization-aware training: computes what its `Conv2d4bit` or `Conv2d8bit` will.
 
-    With w8a8 the activations of 1x1 convolutions are rounded and those of others are not, as in `Conv2d8bit`.
+    With w8a8 and w4a8 the activations of 1x1 convolutions are rounded and those of others are not, as when packed.
     """
 
     @classmethod
@@ -216,7 +227,7 @@ class QATConv2d(FakeQuantized, nn.Conv2d):
         conv: nn.Conv2d,
         *,
         scheme: str = "w4a16",
-        group_size: int = 64,
+        group_size: int | None = 64,
         symmetric: bool = True,
         search_every: int = 50,
         kept: Tensor | None = None,
@@ -235,7 +246,7 @@ class QATConv2d(FakeQuantized, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         pointwise = self.kernel_size == (1, 1) and self.groups == 1 and self.padding in ((0, 0), "valid", "same")
-        rounds = pointwise and SCHEMES_8BIT.get(self.scheme, False)
-        x = rounded_rows(input.movedim(-3, -1)).movedim(-1, -3) if rounds else input
+        rounds = pointwise and self.rounds_inputs
+        x = self._rounds(input.movedim(-3, -1)).movedim(-1, -3) if rounds else input
         result: Tensor = self._conv_forward(x, self._trained(), self.bias)
         return result

@@ -14,12 +14,13 @@ from pykd.nn.compressed import CompressedModule
 from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import native
 from pykd.ops.int4_r16 import (
-    CODEBOOKS,
+    CODEBOOK,
     PAD_CODE,
     dequantize,
     groups_of,
     pack_nibbles,
     pack_r16,
+    table_of,
     unpack_nibbles,
     unpack_r16,
 )
@@ -30,6 +31,30 @@ SCHEMES_4BIT: dict[str, str] = {"w4a16": "int4", "w4a8": "int4", "nf4": "nf4", "
 
 #: Those that round activations to int8 in each call, with a scale per row and group; the others keep them.
 ROUNDING_4BIT = ("w4a8",)
+
+
+def is_4bit(scheme: object) -> bool:
+    """Whether a scheme stores 4-bit codes: one of `SCHEMES_4BIT`, or a table of its own.
+
+    >>> is_4bit("nf4"), is_4bit("w8a8")
+    (True, False)
+    """
+    return isinstance(scheme, str) and (scheme in SCHEMES_4BIT or scheme.startswith(CODEBOOK))
+
+
+def code_of(scheme: str, *, symmetric: bool = True) -> str:
+    """The code of a 4-bit scheme's weights. Raises ValueError for an unknown scheme, or a table that cannot be one.
+
+    >>> code_of("w4a16", symmetric=False)
+    'uint4'
+    """
+    if not is_4bit(scheme):
+        raise ValueError(nearest("4-bit scheme", scheme, (*SCHEMES_4BIT, CODEBOOK)))
+    code = SCHEMES_4BIT.get(scheme, scheme)
+    table_of(code)  # refuses a table that cannot be one
+    if not symmetric and code != "int4":
+        raise ValueError(f"symmetric=False goes with schemes 'w4a16' and 'w4a8' only, got {scheme!r}")
+    return code if symmetric else "uint4"
 
 
 class Weight4bit(CompressedModule):
@@ -47,15 +72,12 @@ class Weight4bit(CompressedModule):
     multiplies = True
 
     def __init__(self, rows: int, columns: int, scheme: str, group_size: int | None, symmetric: bool) -> None:
-        if scheme not in SCHEMES_4BIT:
-            raise ValueError(nearest("4-bit scheme", scheme, SCHEMES_4BIT))
-        if not symmetric and SCHEMES_4BIT[scheme] != "int4":
-            raise ValueError(f"symmetric=False goes with schemes 'w4a16' and 'w4a8' only, got {scheme!r}")
+        code = code_of(scheme, symmetric=symmetric)
         super().__init__(torch.float32)
         self.rows, self.columns = rows, columns
         self.scheme, self.symmetric = scheme, symmetric
         self.group_size = columns if group_size is None else group_size
-        self.code = SCHEMES_4BIT[scheme] if symmetric else "uint4"
+        self.code = code
         self.inputs = "int8" if scheme in ROUNDING_4BIT else "keep"
         self.nnz: int | None = None
 
@@ -165,7 +187,8 @@ class Weight4bit(CompressedModule):
     def _zero_codes(self, zeros: Tensor | None) -> Tensor:
         """The code of 0.0: one for all, or per weight where zero points differ."""
         if zeros is None:
-            code = CODEBOOKS[self.code].index(0.0) if self.code in CODEBOOKS else PAD_CODE
+            table = table_of(self.code)
+            code = PAD_CODE if table is None else table.index(0.0)
             return torch.tensor(code, dtype=torch.uint8)
         groups = groups_of(self.columns, self.group_size)
         return unpack_nibbles(zeros, groups.number).repeat_interleave(groups.size, dim=1)[:, : self.columns]

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykd.errors import nearest
 from pykd.ops.dispatch import TABLE, Route, lib, skips_dispatcher
-from pykd.ops.int4_r16 import CODES, dequantize, groups_of, packed_bytes, rows_r16
+from pykd.ops.int4_r16 import code_number, dequantize, groups_of, packed_bytes, rows_r16
 
 TABLE.append(Route("embedding_4bit", "all", "always", "rows gathered and dequantized by torch"))
 
@@ -49,8 +48,7 @@ def embedding_4bit(
     tensor([[0., 0., 1., 0.]])
     """
     rows = qweight.shape[0] if num_embeddings is None else num_embeddings
-    if code not in CODES:
-        raise ValueError(nearest("4-bit code", code, CODES))
+    code_number(code)
     check_ids(ids)
     want: tuple[int, ...] = (rows, -(-embedding_dim // 2))
     if scales is None:

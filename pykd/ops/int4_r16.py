@@ -12,11 +12,15 @@ its low and of k0 + 4 + j in its high half. Groups are padded to 8 k and strips 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pykd.errors import nearest
 
 #: 16-entry codes: weight = table[code] * scale. NF4: Dettmers et al. 2023, QLoRA, appendix E. FP4: E2M1 over its
 #: largest magnitude, 6. Both hold an exact zero.
@@ -33,8 +37,55 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
 #: Name -> number that the native kernels know: int4 is (code - 8) * scale, uint4 is (code - zero) * scale.
 CODES: dict[str, int] = {"int4": 0, "uint4": 1, **dict.fromkeys(CODEBOOKS, 2)}
 
+#: What the name of any other table begins with; its 16 numbers follow, so that the name is all that has to be kept.
+CODEBOOK = "codebook:"
+
 STRIP = 32
 PAD_CODE = 8
+
+
+def codebook_code(table: Sequence[float]) -> str:
+    """The name of a code of your own, weight = table[code] * scale: "codebook:" and the numbers as float32 holds them.
+
+    Raises ValueError unless the table has 16 finite numbers, one of them 0.0 (weights that are zero must stay so), some
+    below and some above it.
+
+    >>> codebook_code([k / 8 - 1 for k in range(16)])[:29]
+    'codebook:-1.0,-0.875,-0.75,-0'
+    """
+    values: list[float] = torch.tensor([float(value) for value in table]).tolist()
+    finite = len(values) == 16 and all(map(math.isfinite, values))
+    if not finite or 0.0 not in values or not min(values) < 0 < max(values):
+        raise ValueError(
+            f"a codebook has 16 finite numbers with 0.0 among them and some on both sides of it, got {len(values)}: "
+            f"{', '.join(f'{value:g}' for value in values[:16])}"
+        )
+    return CODEBOOK + ",".join(str(value) for value in values)
+
+
+@functools.cache
+def table_of(code: str) -> tuple[float, ...] | None:
+    """The 16 entries of a code that is a table; None for the integer codes. Raises ValueError for an unknown code.
+
+    >>> table_of("nf4")[7], table_of("int4")
+    (0.0, None)
+    """
+    if code.startswith(CODEBOOK):
+        try:
+            values = [float(word) for word in code.removeprefix(CODEBOOK).split(",")]
+        except ValueError:
+            raise ValueError(f"{CODEBOOK!r} is followed by 16 numbers with commas between them, got {code!r}") from None
+        codebook_code(values)
+        return tuple(values)
+    code_number(code)
+    return CODEBOOKS.get(code)
+
+
+def code_number(code: str) -> int:
+    """The number of a code for the native kernels. Raises ValueError for an unknown code."""
+    if code not in CODES and not code.startswith(CODEBOOK):
+        raise ValueError(nearest("4-bit code", code, (*CODES, CODEBOOK)))
+    return CODES.get(code, 2)
 
 
 class Groups(NamedTuple):
@@ -61,7 +112,8 @@ def groups_of(in_features: int, group_size: int) -> Groups:
 @functools.cache
 def codebook(code: str, device: torch.device) -> Tensor | None:
     """The float32 table [16] of a codebook code on a device; None for the integer codes."""
-    return torch.tensor(CODEBOOKS[code], device=device) if code in CODEBOOKS else None
+    table = table_of(code)
+    return None if table is None else torch.tensor(table, device=device)
 
 
 def pack_nibbles(values: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from pykd.ops.dispatch import (
     skips_dispatcher,
     triton_available,
 )
-from pykd.ops.int4_r16 import CODES, codebook, dequantize, groups_of, packed_bytes, unpack_r16
+from pykd.ops.int4_r16 import code_number, codebook, dequantize, groups_of, packed_bytes, unpack_r16
 from pykd.ops.linear_8bit import quantize_rows
 
 TABLE.extend(
@@ -122,7 +122,7 @@ def linear_4bit(
         scales: float16 [out_features, groups].
         zeros: for `uint4`: uint8 [out_features, ceil(groups / 2)].
         bias: [out_features], floating point.
-        code: "int4", "uint4", "nf4" or "fp4".
+        code: "int4", "uint4", "nf4", "fp4", or a table of your own, named by `pykd.ops.int4_r16.codebook_code`.
         out_features: needed with the CPU layout only.
         group_size: at least 1; a group longer than the row is the whole row. It need not divide in_features.
         inputs: "keep", or "int8" with "int4" and "uint4": rounded inside the call, with a scale per row and group.
@@ -156,8 +156,7 @@ def _check(
     group_size: int,
     inputs: str,
 ) -> None:
-    if code not in CODES:
-        raise ValueError(nearest("4-bit code", code, CODES))
+    code_number(code)
     if inputs not in INPUTS:
         raise ValueError(nearest("way to take inputs", inputs, INPUTS))
     if INPUTS[inputs] and code not in ("int4", "uint4"):
@@ -250,7 +249,7 @@ def _cpu(
         features,
         out_features,
         group_size,
-        CODES[code],
+        code_number(code),
         INPUTS[inputs],
         DTYPE_CODES[x.dtype],
         0 if bias is None else DTYPE_CODES[bias.dtype],
@@ -312,7 +311,7 @@ def _launch(
             ctypes.c_int64(x.stride(0)),
             *(ctypes.c_void_p(pointer) for pointer in pointers),
             *(ctypes.c_int64(size) for size in sizes),
-            CODES[code],
+            code_number(code),
             DTYPE_CODES[x.dtype],
             ctypes.c_void_p(cuda_stream(x.device)),
         )

@@ -10,9 +10,10 @@ from torch import nn
 
 from pykd.errors import nearest
 from pykd.nn import Embedding4bit, Embedding8bit, TiedEmbedding, TiedLinear
-from pykd.nn.linear_4bit import ROUNDING_4BIT, SCHEMES_4BIT
+from pykd.nn.linear_4bit import ROUNDING_4BIT, SCHEMES_4BIT, code_of, is_4bit
 from pykd.nn.selection import replace_layer, sharing
 from pykd.nn.tied import Tied
+from pykd.ops.int4_r16 import CODEBOOK
 
 #: Schemes of embeddings: there is no activation to round.
 EMBEDDING_SCHEMES: tuple[str, ...] = (*(name for name in SCHEMES_4BIT if name not in ROUNDING_4BIT), "w8a16")
@@ -23,22 +24,31 @@ def check_embeddings(scheme: object) -> None:
 
     >>> check_embeddings("w8a16")
     """
-    if scheme is not None and scheme not in EMBEDDING_SCHEMES:
-        raise ValueError(nearest("scheme for embeddings", scheme, EMBEDDING_SCHEMES))
+    if scheme is None or scheme in EMBEDDING_SCHEMES:
+        return
+    if not isinstance(scheme, str) or not scheme.startswith(CODEBOOK):
+        raise ValueError(nearest("scheme for embeddings", scheme, (*EMBEDDING_SCHEMES, CODEBOOK)))
+    code_of(scheme)
 
 
 def packed_embedding(
-    layer: nn.Embedding, scheme: str, *, group_size: int, symmetric: bool
+    layer: nn.Embedding, scheme: str, *, group_size: int | None, symmetric: bool
 ) -> Embedding4bit | Embedding8bit:
     """The packed form of an embedding, by plain rounding."""
-    if scheme not in SCHEMES_4BIT:
+    if not is_4bit(scheme):
         return Embedding8bit.from_embedding(layer)
     return Embedding4bit.from_embedding(layer, scheme=scheme, group_size=group_size, symmetric=symmetric)
 
 
 @torch.no_grad()
 def quantize_embeddings(
-    model: nn.Module, names: Sequence[str], scheme: str, *, group_size: int, symmetric: bool, least_saving_bytes: int
+    model: nn.Module,
+    names: Sequence[str],
+    scheme: str,
+    *,
+    group_size: int | None,
+    symmetric: bool,
+    least_saving_bytes: int,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Replace these embeddings, and what shares their weights by layers tied to them; as `_quantize_layers`."""
     changed: dict[str, dict[str, Any]] = {}

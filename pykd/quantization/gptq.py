@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykd.nn.codecs.four_bit import FourBit, Scales, nearest_levels, quantize_4bit
-from pykd.ops.int4_r16 import CODEBOOKS
+from pykd.ops.int4_r16 import table_of
 from pykd.quantization.grid import Grid
 from pykd.quantization.inputs import Inputs
 from pykd.quantization.output_error import better_rows, check_hessian
@@ -121,7 +121,7 @@ def _rounding(code: str, scale: Tensor, zero: Tensor | None, *, kept: Tensor) ->
     """`nearest_levels` one column at a time, with what is the same for all of them prepared; 0 where not kept."""
     kept = kept & (scale != 0)
     divisor = scale.masked_fill(scale == 0, 1.0)
-    if code in CODEBOOKS:
+    if table_of(code) is not None:
         return lambda column, value: nearest_levels(value, divisor[:, column], code=code) * kept[:, column]
     low, high = (-8.0, 7.0) if zero is None else (-zero, 15.0 - zero)
     low, high = low * kept, high * kept

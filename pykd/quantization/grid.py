@@ -18,6 +18,7 @@ from pykd.nn.codecs.four_bit import (
     nearest_levels,
     range_scales,
     split_groups,
+    table_scales,
 )
 from pykd.ops.int4_r16 import groups_of, unpack_nibbles
 
@@ -83,7 +84,7 @@ class Grid(NamedTuple):
         elif self.code == "uint4":
             yield from _uint4_scales(groups)
         else:
-            largest = groups.abs().amax(dim=-1, keepdim=True)
+            largest = table_scales(groups, self.code)
             for shrink in SHRINK:
                 yield (largest * shrink).half().float(), None
 

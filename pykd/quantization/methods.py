@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from pykd.errors import nearest
 from pykd.nn.codecs.four_bit import FourBit
-from pykd.nn.linear_4bit import SCHEMES_4BIT
+from pykd.nn.linear_4bit import SCHEMES_4BIT, code_of, is_4bit
+from pykd.ops.int4_r16 import CODEBOOK
 from pykd.quantization.awq import awq
 from pykd.quantization.gptq import gptq
 from pykd.quantization.hqq import hqq
@@ -34,17 +35,29 @@ METHODS: dict[str, Method] = {
 }
 
 
+def check_group_size(group_size: object) -> None:
+    """Raise ValueError unless this is a number of inputs, or None for all of them.
+
+    >>> check_group_size(64)
+    """
+    if group_size is None or (isinstance(group_size, int) and not isinstance(group_size, bool) and group_size >= 1):
+        return
+    raise ValueError(f"group_size is the number of inputs that share a scale, at least 1, got {group_size!r}")
+
+
 def check_method(scheme: object, method: object, *, symmetric: bool = True) -> None:
     """Raise ValueError for an unknown scheme or method, or ones that do not go together.
 
     >>> check_method("w4a16", "gptq")
     """
-    if not callable(scheme) and scheme not in SCHEMES:
-        raise ValueError(nearest("scheme", scheme, SCHEMES))
+    if not callable(scheme) and scheme not in SCHEMES and not is_4bit(scheme):
+        raise ValueError(nearest("scheme", scheme, (*SCHEMES, CODEBOOK)))
     if not callable(method) and method not in METHODS:
         raise ValueError(nearest("method", method, METHODS))
     shown = scheme if isinstance(scheme, str) else "of your own"
-    if method != "rtn" and scheme not in SCHEMES_4BIT:
+    if is_4bit(scheme):
+        code_of(shown)
+    if method != "rtn" and not is_4bit(scheme):
         raise ValueError(
             f"method {method!r} chooses 4-bit codes, and scheme {shown!r} has none: use method='rtn', or scheme "
             f"{', '.join(SCHEMES_4BIT)}"

@@ -11,34 +11,36 @@ from torch import nn
 from pykd.errors import nearest
 from pykd.nn import SparseConv2d, SparseLinear
 from pykd.nn.fake_quantized import FakeQuantized, QATConv2d, QATLinear
+from pykd.nn.linear_4bit import SCHEMES_4BIT, is_4bit
 from pykd.nn.selection import CONVOLUTION, LINEAR, replace_layer, select_layers
+from pykd.ops.int4_r16 import CODEBOOK
+from pykd.ops.linear_8bit import SCHEMES_8BIT
+from pykd.quantization.methods import check_group_size, check_method
 from pykd.quantization.quantize import LEAST_SAVING_BYTES, stored_bytes
 from pykd.training.record import add_record, recorded_change, require_finite_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
 #: Schemes whose packed arithmetic the trainable layers follow.
-QAT_SCHEMES: tuple[str, ...] = ("w4a16", "nf4", "fp4", "w8a8", "w8a16")
+QAT_SCHEMES: tuple[str, ...] = (*SCHEMES_4BIT, *SCHEMES_8BIT)
 
 
-def check_qat(scheme: object, *, group_size: int = 64, symmetric: bool = True) -> None:
+def check_qat(scheme: object, *, group_size: int | None = 64, symmetric: bool = True) -> None:
     """Raise ValueError for a scheme that cannot be trained, or options that do not go with it.
 
     >>> check_qat("nf4")
     """
-    if scheme not in QAT_SCHEMES:
-        raise ValueError(nearest("scheme for quantization-aware training", scheme, QAT_SCHEMES))
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size is the number of inputs that share a scale, at least 1, got {group_size!r}")
-    if not symmetric and scheme != "w4a16":
-        raise ValueError(f"symmetric=False stores zero points of scheme 'w4a16', got scheme {scheme!r}")
+    if scheme not in QAT_SCHEMES and not is_4bit(scheme):
+        raise ValueError(nearest("scheme for quantization-aware training", scheme, (*QAT_SCHEMES, CODEBOOK)))
+    check_group_size(group_size)
+    check_method(scheme, "rtn", symmetric=symmetric)
 
 
 def prepare_qat(
     model: Model,
     scheme: str = "w4a16",
     *,
-    group_size: int = 64,
+    group_size: int | None = 64,
     symmetric: bool = True,
     search_every: int = 50,
     include: Sequence[str] | None = None,
@@ -46,15 +48,15 @@ def prepare_qat(
 ) -> Model:
     """Let training see the rounding (Jacob et al. 2018, section 3): changes ``model`` in place; returns it.
 
-    The Linear and Conv2d layers compute with rounded weights, in w8a8 of rounded activations too, exactly as the packed
-    layers will; the parameters stay dense and gradients pass the rounding. Train with `finetune`, `distill` or a loop
-    of your own, with checkpoints as ever, then call `convert_qat`: the packed layers hold bit for bit the weights that
-    the prepared ones compute with. Embeddings: `quantize(embeddings=...)`, before or after.
+    The Linear and Conv2d layers compute with rounded weights, in w8a8 and w4a8 with rounded activations too, as the
+    packed layers will; the parameters stay dense and gradients pass the rounding. Train with `finetune`, `distill` or
+    a loop of your own, with checkpoints as ever, then call `convert_qat`: the packed layers hold bit for bit the
+    weights that the prepared ones compute with. Embeddings: `quantize(embeddings=...)`, before or after.
 
     Args:
-        scheme: "w4a16", "nf4", "fp4", "w8a8" or "w8a16".
-        group_size: inputs that share a scale in the 4-bit schemes.
-        symmetric: False stores an integer zero point per group; scheme "w4a16" only.
+        scheme: as for `quantize`, by name.
+        group_size: inputs that share a scale in the 4-bit schemes; None: all of an output.
+        symmetric: False stores an integer zero point per group; schemes "w4a16" and "w4a8" only.
         search_every: forward passes in training mode from one search for the 4-bit scales to the next, >= 1; 1 searches
             in each, which can double the time of a step.
         include, exclude: shell patterns of layer names; by default all but embeddings, norms and output heads.

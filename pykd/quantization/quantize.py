@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from pykd.errors import DataError
 from pykd.nn import CompressedModule
-from pykd.nn.linear_4bit import SCHEMES_4BIT
+from pykd.nn.linear_4bit import code_of, is_4bit
 from pykd.nn.selection import CONVOLUTION, EMBEDDING, LINEAR, replace_layer, select_layers
 from pykd.quantization.calibration import Batch, Data, calibrate, calibration_batches
 from pykd.quantization.embeddings import check_embeddings, quantize_embeddings
 from pykd.quantization.inputs import Inputs
-from pykd.quantization.methods import METHODS, Choose, Method, check_method
+from pykd.quantization.methods import METHODS, Choose, Method, check_group_size, check_method
 from pykd.quantization.schemes import Scheme, eight_bit, four_bit
 from pykd.training.record import recorded_change, require_finite_weights
 
@@ -34,7 +34,7 @@ def quantize(
     scheme: str | Scheme = "w4a16",
     *,
     method: str | Choose = "rtn",
-    group_size: int = 64,
+    group_size: int | None = 64,
     symmetric: bool = True,
     data: Data | None = None,
     samples: int = 256,
@@ -49,13 +49,14 @@ def quantize(
     Args:
         scheme: "w4a16", "nf4", "fp4" (weights in 4 bits), "w4a8" (and activations in 8 bits, rounded at each call under
             a scale per row and group), "w8a8" (weights in 8 bits, and activations under a scale per row), "w8a16"
-            (weights in 8 bits) or a function of (dense layer, group size) that returns the packed layer.
+            (weights in 8 bits); 4 bits by a table of your own, named by `pykd.nn.codebook_code(16 numbers)`; or a
+            function of (dense layer, group size) that returns the packed layer.
         method: how 4-bit codes are chosen. Without data: "rtn", round to nearest; "hqq" (Badri and Shaji 2023), scales
             that outliers do not spoil. By the error of the layer's outputs on ``data``: "gptq" (Frantar et al. 2022),
             codes that make up for each other's errors; "awq" (after Lin et al. 2023), scales only. Or a function like
             these, (weight, inputs, *, code, group_size) -> FourBit, which gets statistics of the inputs when there is
             ``data`` and None when not. Only "rtn" goes with 8 bits.
-        group_size: inputs that share a scale in the 4-bit schemes.
+        group_size: inputs that share a scale in the 4-bit schemes; None: all of an output.
         symmetric: False stores an integer zero point per group; schemes "w4a16" and "w4a8" only.
         data: examples for the methods that look at inputs, not read by "rtn" and "hqq": a DataBundle (its training
             split), or an iterable of batches, as dicts of tensors by input name or as tensors. Labels are not used.
@@ -84,8 +85,7 @@ def quantize(
     """
     check_method(scheme, method, symmetric=symmetric)
     check_embeddings(embeddings)
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size is the number of inputs that share a scale, at least 1, got {group_size!r}")
+    check_group_size(group_size)
     chosen = Method(method, data is not None) if callable(method) else METHODS[method]
     pack = _packer(scheme, chosen.choose, group_size, symmetric)
     batches = None
@@ -135,19 +135,24 @@ def _name(choice: Any) -> str:
     return choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
 
 
-def _packer(scheme: str | Scheme, choose: Choose, group_size: int, symmetric: bool) -> Pack:
+def _packer(scheme: str | Scheme, choose: Choose, group_size: int | None, symmetric: bool) -> Pack:
     """One function from a dense layer to a packed one."""
-    if not isinstance(scheme, str) or scheme not in SCHEMES_4BIT:
+    if not isinstance(scheme, str) or not is_4bit(scheme):
         make = eight_bit(scheme) if isinstance(scheme, str) else scheme
-        return lambda layer, inputs: make(layer, group_size)
-    code = SCHEMES_4BIT[scheme] if symmetric else "uint4"
+        return lambda layer, inputs: make(layer, _size(layer, group_size))
+    code = code_of(scheme, symmetric=symmetric)
 
     def pack(layer: nn.Module, inputs: Inputs | None) -> CompressedModule:
-        matrix = cast(Tensor, layer.weight).detach().flatten(1)
-        tensors = choose(matrix, inputs, code=code, group_size=group_size)
-        return four_bit(layer, tensors, scheme=scheme, group_size=group_size, symmetric=symmetric)
+        matrix, size = cast(Tensor, layer.weight).detach().flatten(1), _size(layer, group_size)
+        tensors = choose(matrix, inputs, code=code, group_size=size)
+        return four_bit(layer, tensors, scheme=scheme, group_size=size, symmetric=symmetric)
 
     return pack
+
+
+def _size(layer: nn.Module, group_size: int | None) -> int:
+    """None is the whole row of the weight matrix."""
+    return cast(Tensor, layer.weight)[0].numel() if group_size is None else group_size
 
 
 def _quantize_layers(

@@ -110,7 +110,9 @@ class Quantize(Section):
 
     scheme: str = "w4a16"
     method: str = Field("rtn", description="how 4-bit codes are chosen: rtn, hqq, gptq or awq")
-    group_size: int = Field(64, description="weights that share one scale; ignored by w8a8 and w8a16")
+    group_size: int | None = Field(
+        64, description="weights that share one scale, none: all of an output; not in 8 bits"
+    )
     symmetric: bool = Field(True, description="false stores zero points; schemes w4a16 and w4a8 only")
     samples: int = Field(256, ge=1, description="training examples that gptq and awq look at")
     batch_size: int = Field(16, ge=1, description="of them at once")
@@ -147,7 +149,7 @@ class Qat(Recover):
 
     lr: float = 1e-4
     scheme: str = "w4a16"
-    group_size: int = Field(64, ge=1, description="weights that share one scale; ignored by w8a8 and w8a16")
+    group_size: int | None = Field(64, ge=1, description="weights that share one scale, none: all of an output")
     symmetric: bool = Field(True, description="false stores zero points; scheme w4a16 only")
     search_every: int = Field(50, ge=1, description="training steps from one search for 4-bit scales to the next")
     include: list[str] | None = None

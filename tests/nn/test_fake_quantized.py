@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pykd.nn import Conv2d4bit, Conv2d8bit, Linear4bit, Linear8bit, QATConv2d, QATLinear
-from pykd.nn.fake_quantized import rounded_rows, straight_through
+from pykd.nn import Conv2d4bit, Conv2d8bit, Linear4bit, Linear8bit, QATConv2d, QATLinear, codebook_code
+from pykd.nn.fake_quantized import rounded_inputs, straight_through
 
 FORMS: list[dict[str, Any]] = [
     {"scheme": "w4a16"},
     {"scheme": "w4a16", "symmetric": False},
+    {"scheme": "w4a8"},
+    {"scheme": codebook_code([-1.5, -0.9, -0.6, -0.4, -0.3, -0.2, -0.1, 0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.8])},
     {"scheme": "nf4"},
     {"scheme": "fp4"},
     {"scheme": "w8a16"},
@@ -73,7 +75,9 @@ def test_gradients_pass_the_rounding(form: dict[str, Any]) -> None:
     layer = QATLinear.from_linear(linear, group_size=8, **form)
     x = torch.randn(5, 20, requires_grad=True)
     layer(x).square().sum().backward()
-    seen = rounded_rows(x.detach()) if form["scheme"] == "w8a8" else x.detach()
+    seen = x.detach()
+    if form["scheme"] in ("w8a8", "w4a8"):
+        seen = rounded_inputs(seen, 8 if form["scheme"] == "w4a8" else None)
     weight = layer.rounded().requires_grad_()
     seen.requires_grad_()
     F.linear(seen, weight, linear.bias).square().sum().backward()
@@ -122,13 +126,15 @@ def test_pruned_weights_stay_zero_through_training() -> None:
         assert torch.equal(packed.dequantize(), layer.rounded()) and bool((packed.weight[~kept] == 0).all())
 
 
-def test_straight_through_and_rounded_rows() -> None:
+def test_straight_through_and_rounded_inputs() -> None:
     x = torch.tensor([[0.3, -127.0, 0.6]], requires_grad=True)
-    got = rounded_rows(x)
+    got = rounded_inputs(x)
     assert got.tolist() == [[0.0, -127.0, 1.0]]
     (got * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [[1.0, 2.0, 3.0]]
     assert torch.equal(straight_through(x, x.detach() + 1), x + 1)
+    x = torch.tensor([[127.0, 0.4, 1.27, 0.4]])
+    torch.testing.assert_close(rounded_inputs(x, 2), torch.tensor([[127.0, 0.0, 1.27, 0.4]]))
 
 
 def test_repr() -> None:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykd.errors import nearest
-from pykd.ops.int4_r16 import CODEBOOKS, CODES, dequantize, groups_of, pack_nibbles
+from pykd.ops.int4_r16 import dequantize, groups_of, pack_nibbles, table_of
 
 #: Shares of the largest magnitude that the int4 scale search tries as the value of code 15 (7) or 0 (-8).
 SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
@@ -27,8 +26,9 @@ class FourBit(NamedTuple):
 def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -> FourBit:
     """Round a dense weight [out_features, in_features] to 4-bit codes with one float16 scale per group of a row.
 
-    int4: weight = (q - 8) * scale; uint4: (q - zero) * scale with an integer zero point; nf4 (Dettmers et al. 2023)
-    and fp4: table[q] * scale, scale = the group's largest magnitude. For int4 the scale is the one with the smallest
+    int4: weight = (q - 8) * scale; uint4: (q - zero) * scale with an integer zero point; nf4 (Dettmers et al. 2023),
+    fp4 and tables of your own (`pykd.ops.int4_r16.codebook_code`): table[q] * scale, under the least scale that reaches
+    the group's extremes. For int4 the scale is the one with the smallest
     squared error out of a small search (`SHRINK`, both signs), which lets the level -8 hold the largest weight.
     Weights that are exactly zero stay exactly zero under every code. Codes are chosen for the scale as stored, float16.
 
@@ -41,7 +41,7 @@ def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -
     """
     _check(weight, code, group_size)
     groups = split_groups(weight.detach().float(), group_size)
-    scale, zero = _largest(groups).half().float(), None
+    scale, zero = table_scales(groups, code).half().float() if table_of(code) else groups.new_zeros(()), None
     if code == "int4":
         scale, _ = best_scales(groups, int4_scales(groups), code=code)
     elif code == "uint4":
@@ -67,8 +67,9 @@ def nearest_levels(values: Tensor, scale: Tensor, zero: Tensor | None = None, *,
     tensor([ 1., -8.])
     """
     steps = torch.where(scale == 0, 0.0, values / scale)
-    if code in CODEBOOKS:
-        table = torch.tensor(CODEBOOKS[code], device=values.device).sort().values
+    entries = table_of(code)
+    if entries is not None:
+        table = torch.tensor(entries, device=values.device).sort().values
         return table[torch.bucketize(steps, (table[1:] + table[:-1]) / 2)] + 0.0  # no -0.0
     if zero is None:
         return steps.round_().clamp_(-8, 7)
@@ -82,8 +83,9 @@ def from_levels(levels: Tensor, scales: Tensor, zeros: Tensor | None, *, code: s
     >>> from_levels(torch.tensor([[7.0, 0.0]]), torch.tensor([[0.5]]), None, code="int4", group_size=2).qweight
     tensor([[143]], dtype=torch.uint8)
     """
-    if code in CODEBOOKS:
-        order = torch.tensor(CODEBOOKS[code], device=levels.device).sort(stable=True)
+    table = table_of(code)
+    if table is not None:
+        order = torch.tensor(table, device=levels.device).sort(stable=True)
         # the first of two equal levels in the table's order: one code of 0.0, never FP4's -0.0
         codes = order.indices[torch.searchsorted(order.values, levels.contiguous())]
     elif zeros is None:
@@ -101,8 +103,7 @@ def dequantize_4bit(tensors: FourBit, *, code: str, in_features: int, group_size
 
 
 def _check(weight: Tensor, code: str, group_size: int) -> None:
-    if code not in CODES:
-        raise ValueError(nearest("4-bit code", code, CODES))
+    table = table_of(code)
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(
             f"weight must be a non-empty floating-point matrix [out_features, in_features], got {weight.dtype} "
@@ -112,7 +113,7 @@ def _check(weight: Tensor, code: str, group_size: int) -> None:
         raise ValueError(f"group_size must be at least 1, got {group_size}: use 32, 64, 128 or in_features")
     if not torch.isfinite(weight).all():
         raise ValueError("weight holds NaN or infinite values: repair or retrain the layer before quantizing it")
-    limit = torch.finfo(torch.float16).max * (1 if code in CODEBOOKS else 7)
+    limit = torch.finfo(torch.float16).max * (7 if table is None else min(max(table), -min(table)))
     if weight.abs().max() > limit:
         raise ValueError(f"weights above {limit:.0f} are too large for float16 scales of {code}: rescale the layer")
 
@@ -156,5 +157,12 @@ def range_scales(groups: Tensor) -> tuple[Tensor, Tensor]:
     return scale, torch.where(scale == 0, 0.0, -low / scale).round_().clamp_(0, 15)
 
 
-def _largest(groups: Tensor) -> Tensor:
-    return groups.abs().amax(dim=-1, keepdim=True)
+def table_scales(groups: Tensor, code: str) -> Tensor:
+    """The least scale, [..., groups, 1], under which a table reaches the extremes of each group.
+
+    For tables from -1 to 1 that is the largest magnitude.
+    """
+    table = table_of(code)
+    assert table is not None
+    high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    return torch.maximum(high / max(table), low / min(table)) + 0.0  # no -0.0

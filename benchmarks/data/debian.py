@@ -1,123 +1,92 @@
-"""A real text-classification data set from any Debian or Ubuntu machine: package descriptions, labelled by section.
+"""Real data sets from any Debian or Ubuntu machine: package descriptions, for three tasks.
 
     python benchmarks/data/debian.py --output runs/debian.parquet
+    python benchmarks/data/debian.py --task translation --output runs/debian_de.parquet --tokenizer runs/debian_de
+    python benchmarks/data/debian.py --task ner --output runs/debian_ner.parquet
 
-Reads the package index that apt keeps. Where the English descriptions are missing (containers leave them out), apt
-fetches them from the machine's own sources into a private folder; neither root nor any change to the system is needed.
-Columns: text, label (section without `contrib/`, `universe/` ...), package, split (`train` or `test`). Packages made
-from one source may describe themselves alike and fall into both splits.
+Reads the package index that apt keeps. Where the descriptions are missing (containers leave them out), apt fetches
+them from the machine's own sources into a private folder; neither root nor any change to the system is needed. Every
+file has the columns package and split (`train` or `test`), and
+
+- sections: text, label (section without `contrib/`, `universe/` ...). Packages made from one source may describe
+  themselves alike and fall into both splits.
+- translation: source (English), target (German or `--language`): synopses and paragraphs of descriptions of which both
+  languages have the same number. Whole packages are held out. `--tokenizer` also trains a SentencePiece-like unigram
+  tokenizer (Kudo 2018) on the training pairs.
+- ner: tokens, tags (`O`, `B-PACKAGE`, `I-PACKAGE`): words of descriptions that name a package on which their own
+  package depends, recommends or suggests. Whole packages are held out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from debian_rows import (
+    Record,
+    Row,
+    hold_out_packages,
+    hold_out_texts,
+    join,
+    pairs,
+    paragraphs,
+    tagged,
+    train_tokenizer,
+)
 
 APT_HELPER = "/usr/lib/apt/apt-helper"
 
-#: Configuration of a private index: English only, no hooks of the machine, nothing outside the folder.
+#: Configuration of a private index: some languages, no hooks of the machine, nothing outside the folder.
 PRIVATE = """#clear Acquire::Languages;
 #clear APT::Update::Post-Invoke;
 #clear APT::Update::Post-Invoke-Success;
-Acquire::Languages {{ "en"; }};
+Acquire::Languages {{ {languages} }};
 Dir::State::lists "{folder}/lists";
 Dir::Cache "{folder}/cache";
 APT::Sandbox::User "";
 """
 
-Record = dict[str, str]
-Row = dict[str, str]
+
+@contextmanager
+def index(languages: Sequence[str]) -> Iterator[dict[str, list[str]]]:
+    """Index files by kind ("Packages" and each language); descriptions that this machine lacks are fetched by apt."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield find_index(Path(folder), languages)
 
 
-def paragraphs(lines: Iterable[str]) -> Iterator[Record]:
-    """Records of a Debian control file: `Field: value`, continued on indented lines; a blank line ends a record."""
-    record: Record = {}
-    field = ""
-    for line in lines:
-        line = line.rstrip("\n")
-        if not line:
-            if record:
-                yield record
-            record = {}
-        elif line[0] in " \t":
-            record[field] += "\n" + line[1:]
-        else:
-            field, _, value = line.partition(":")
-            record[field] = value.strip()
-    if record:
-        yield record
-
-
-def clean(description: str) -> str:
-    """One text of a description: the synopsis, then the paragraphs (`.` stands for a blank line), each on one line."""
-    synopsis, *rest = description.split("\n")
-    blocks: list[list[str]] = [[synopsis.strip()], []]
-    for line in rest:
-        if line.strip() == ".":
-            blocks.append([])
-        else:
-            blocks[-1].append(line.strip())
-    return "\n".join(" ".join(block) for block in blocks if block)
-
-
-def join(packages: Iterable[Record], translations: Iterable[Record], *, at_least: int = 10) -> list[Row]:
-    """Rows of text, label and package, by package name: each text once, no class with fewer than ``at_least``."""
-    sections = {
-        (record["Package"], record["Description-md5"]): record["Section"].rpartition("/")[2]
-        for record in packages
-        if record.get("Section") and "Description-md5" in record
-    }
-    found: dict[str, Row] = {}
-    described = [record for record in translations if "Description-en" in record]
-    for record in sorted(described, key=lambda record: (record["Package"], record["Description-md5"])):
-        label = sections.get((record["Package"], record["Description-md5"]))
-        text = clean(record["Description-en"])
-        if label and text:
-            found.setdefault(text, {"text": text, "label": label, "package": record["Package"]})
-    sizes = Counter(row["label"] for row in found.values())
-    return [row for row in found.values() if sizes[row["label"]] >= at_least]
-
-
-def split(rows: list[Row], test_size: int, seed: int) -> list[Row]:
-    """The rows with a column `split`: ``test_size`` of them, the same share of every class, say `test`."""
-    from pykd.data.bundle import stratified_split
-
-    names = sorted({row["label"] for row in rows})
-    labels = [names.index(row["label"]) for row in rows]
-    held_out = set(stratified_split(labels, test_size, seed=seed, name="debian")[1])
-    return [{**row, "split": "test" if index in held_out else "train"} for index, row in enumerate(rows)]
-
-
-def read_index(folder: Path) -> list[Row]:
-    """Rows of this machine's index; English descriptions that it lacks are fetched into ``folder`` by apt."""
-    files = index_files([])
-    if not files["Translations"]:
-        print("apt keeps no English descriptions here; fetching the index into a private folder ...", file=sys.stderr)
+def find_index(folder: Path, languages: Sequence[str]) -> dict[str, list[str]]:
+    """Index files of this machine, or of a private index in ``folder``."""
+    files = index_files([], languages)
+    if not all(files[language] for language in languages):
+        print("apt keeps no such descriptions here; fetching the index into a private folder ...", file=sys.stderr)
         configuration = folder / "apt.conf"
-        configuration.write_text(PRIVATE.format(folder=folder), encoding="utf-8")
+        wanted = " ".join(f'"{language}";' for language in languages)
+        configuration.write_text(PRIVATE.format(folder=folder, languages=wanted), encoding="utf-8")
         for name in ("lists/partial", "cache/archives/partial"):
             (folder / name).mkdir(parents=True)
         run(["apt-get", "-c", str(configuration), "-qq", "update"])
-        files = index_files(["-c", str(configuration)])
-    if not files["Translations"] or not files["Packages"]:
-        raise SystemExit(
-            "apt found no package index with English descriptions: check the machine's apt sources and network"
-        )
-    return join(records(files["Packages"]), records(files["Translations"]))
+        files = index_files(["-c", str(configuration)], languages)
+    for kind, found in files.items():
+        if not found:
+            what = "package index" if kind == "Packages" else f"package index with descriptions in {kind!r}"
+            raise SystemExit(f"apt found no {what}: check the machine's apt sources and network")
+    return files
 
 
-def index_files(options: Sequence[str]) -> dict[str, list[str]]:
-    """Files of the index that exist, by kind: Packages, and Translations into English."""
+def index_files(options: Sequence[str], languages: Sequence[str]) -> dict[str, list[str]]:
+    """Files of the index that exist, by kind: Packages, and translations by language."""
     lines = run(["apt-get", *options, "indextargets", "--format", "$(CREATED_BY)\t$(LANGUAGE)\t$(FILENAME)"])
-    files: dict[str, list[str]] = {"Packages": [], "Translations": []}
+    files: dict[str, list[str]] = {"Packages": [], **{language: [] for language in languages}}
     for line in lines.splitlines():
         kind, language, name = line.split("\t")
-        if kind == "Packages" or (kind == "Translations" and language == "en"):
+        kind = language if kind == "Translations" else kind
+        if kind in files:
             files[kind].append(name)
     return files
 
@@ -141,29 +110,66 @@ def run(command: list[str]) -> str:
 
 
 def write(rows: list[Row], output: Path) -> None:
-    """Write a .parquet or .csv file."""
+    """Write a .parquet, .jsonl or .csv file."""
     import pyarrow
     from pyarrow import csv, parquet
 
     writers = {".parquet": parquet.write_table, ".csv": csv.write_csv}
-    if output.suffix not in writers:
-        raise SystemExit(f"cannot write {output}: the ending must be {' or '.join(writers)}")
+    if output.suffix not in (*writers, ".jsonl"):
+        raise SystemExit(f"cannot write {output}: the ending must be .parquet, .jsonl or .csv")
     output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".jsonl":
+        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return
     writers[output.suffix](pyarrow.Table.from_pylist(rows), output)
+
+
+def sections(options: argparse.Namespace) -> list[Row]:
+    """Texts by section; the same share of every section is held out."""
+    with index(["en"]) as files:
+        rows = join(records(files["Packages"]), records(files["en"]))
+    return hold_out_texts(rows, options.test_size, options.seed)
+
+
+def translation(options: argparse.Namespace) -> list[Row]:
+    """Pairs of English and another language, and where it is asked for a tokenizer made for them."""
+    with index(["en", options.language]) as files:
+        rows = pairs(records(files["en"]), records(files[options.language]), language=options.language)
+    rows = hold_out_packages(rows, options.test_size, options.seed)
+    if options.tokenizer:
+        train = (row[side] for row in rows if row["split"] == "train" for side in ("source", "target"))
+        train_tokenizer(train, options.vocabulary).save_pretrained(options.tokenizer)
+    return rows
+
+
+def ner(options: argparse.Namespace) -> list[Row]:
+    """Words of descriptions with the names of packages tagged."""
+    with index(["en"]) as files:
+        rows = tagged(list(records(files["Packages"])), list(records(files["en"])))
+    return hold_out_packages(rows, options.test_size, options.seed)
+
+
+TASKS = {"sections": sections, "translation": translation, "ner": ner}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="file to write: .parquet or .csv")
-    parser.add_argument("--test-size", type=int, default=3000, help="texts held out (default: 3000)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which texts are held out (default: 0)")
+    parser.add_argument("--task", choices=list(TASKS), default="sections", help="what the rows are for")
+    parser.add_argument("--output", type=Path, required=True, help="file to write: .parquet, .jsonl or .csv")
+    parser.add_argument("--test-size", type=int, help="rows held out (default: 3000; ner: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="decides which rows are held out (default: 0)")
+    parser.add_argument("--language", default="de", help="translation: into which language (default: de)")
+    parser.add_argument("--tokenizer", type=Path, help="translation: folder for a tokenizer trained on the pairs")
+    parser.add_argument("--vocabulary", type=int, default=8000, help="translation: its size (default: 8000)")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = split(read_index(Path(folder)), options.test_size, options.seed)
+    if options.test_size is None:
+        options.test_size = 1000 if options.task == "ner" else 3000
+    rows = TASKS[options.task](options)
     write(rows, options.output)
-    classes = len({row["label"] for row in rows})
-    print(f"{options.output}: {len(rows):,} texts, {classes} classes, {options.test_size:,} of the texts held out")
+    held_out = sum(row["split"] == "test" for row in rows)
+    classes = f", {len({row['label'] for row in rows})} classes" if options.task == "sections" else ""
+    print(f"{options.output}: {len(rows):,} rows{classes}, {held_out:,} of them held out")
 
 
 if __name__ == "__main__":

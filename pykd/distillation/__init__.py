@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pykd.distillation.cache import cache_teacher
-from pykd.distillation.distill import METHODS, distill
+from pykd.distillation.distill import distill
 from pykd.distillation.logits import logits_loss
+from pykd.distillation.methods import METHODS, Method
 from pykd.distillation.teacher_cache import TeacherCache
 
-__all__ = ["METHODS", "TeacherCache", "cache_teacher", "distill", "logits_loss"]
+__all__ = ["METHODS", "Method", "TeacherCache", "cache_teacher", "distill", "logits_loss"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pykd.distillation.teacher import Teacher, fixed
 from pykd.distillation.teacher_cache import TeacherCache
 from pykd.errors import DataError, nearest
 from pykd.models.adapter import logits, move
+from pykd.training.labels import IGNORED
 from pykd.training.record import require_finite_weights
 
 
@@ -36,10 +37,11 @@ def cache_teacher(
 ) -> TeacherCache:
     """Write what the teacher says about every training example: its k likeliest classes, or a sample of them.
 
-    With P = softmax(logits / temperature), for every position (one of each example, or those of a token model where
-    attention_mask is not 0): the ids and log P of the k likeliest classes (all, if there are no more) and the mass of
-    the others; or, with `samples`, as many draws from P (Anshumann et al., 2025, arXiv 2503.16870): the ids drawn and
-    log(times drawn / samples), an unbiased estimate of P. `seed` then fixes each example's draws.
+    With P = softmax(logits / temperature), for every position (one of each example; of a token model those where
+    attention_mask is not 0; of an encoder-decoder and a masked model those with a label): the ids and log P of the k
+    likeliest classes (all, if there are no more) and the mass of the others; or, with `samples`, as many draws from P
+    (Anshumann et al., 2025, arXiv 2503.16870): the ids drawn and log(times drawn / samples), an unbiased estimate of P.
+    `seed` then fixes each example's draws.
 
     dtype: of the logarithms, "float16" or "bfloat16". A class kept costs 4 bytes, 5 from 65536 classes on, and a
     position 2. `shard_bytes`: about the size of a file, and the work that an interruption can lose. A run that was
@@ -71,7 +73,7 @@ def cache_teacher(
     total, disable = len(data.train), None if progress is None else not progress
     first, parts = done, list[dict[str, Tensor]]()
     with (
-        Teacher(teacher, data).frozen(),
+        Teacher([teacher], data).frozen(),
         tqdm(desc="teacher cache", initial=done, total=total, unit="example", disable=disable, leave=False) as bar,
     ):
         for start in range(done, total, batch_size):
@@ -118,6 +120,7 @@ def _identity(
         "missing": "tail" if samples is None else "zero",
         "dtype": dtype,
         "temperature": temperature,
+        "counted": counted_by(teacher),
         "teacher": {"class": type(teacher).__name__, "sha256": files.fingerprint(teacher)},
         "data": {"name": data.name, "fingerprint": data.fingerprint, "examples": len(data.train)},
     }
@@ -130,7 +133,8 @@ def _describe(
     batch = move(data.collate([data.train[row] for row in rows]), next(teacher.parameters()).device)
     with torch.no_grad():
         scores = logits(teacher, batch)
-    counted = counted_positions(scores.shape[:-1], batch)
+    by_position = scores.dim() > 2
+    counted = counted_positions(batch, manifest["counted"]) if by_position else scores.new_ones(len(scores)).bool()
     log_p = (scores[counted].float() / manifest["temperature"]).log_softmax(-1)
     if bool(log_p.isnan().any()):
         raise ValueError(f"the teacher gives NaN for an example among {rows.start}..{rows.stop - 1}: nothing to learn")
@@ -148,13 +152,20 @@ def _describe(
     return {name: tensor.cpu() for name, tensor in part.items()}, facts
 
 
-def counted_positions(shape: Sequence[int], batch: Mapping[str, Tensor]) -> Tensor:
-    """Bool (examples,) or (examples, time): the positions that are no padding."""
+def counted_by(teacher: nn.Module) -> str:
+    """What says which positions of a token model count: its labels where the others are never learned from."""
+    config = getattr(teacher, "config", None)
+    labelled = getattr(config, "is_encoder_decoder", False) or type(teacher).__name__.endswith("ForMaskedLM")
+    return "labels" if labelled else "attention_mask"
+
+
+def counted_positions(batch: Mapping[str, Tensor], counted: str) -> Tensor:
+    """Bool (examples, time): the positions whose teacher is kept, by the labels (not -100) or the attention mask."""
+    if counted == "labels":
+        return batch["labels"] != IGNORED
+    ids = batch["input_ids"]
     mask = batch.get("attention_mask")
-    if len(shape) == 2 and mask is not None and mask.shape == tuple(shape):
-        return mask.bool()
-    device = next(iter(batch.values())).device
-    return torch.ones(tuple(shape), dtype=torch.bool, device=device)
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _sample(p: Tensor, lengths: list[int], rows: range, samples: int, seed: int) -> tuple[Tensor, Tensor]:

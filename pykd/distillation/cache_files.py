@@ -100,7 +100,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path} has format_version {version!r}, this pykd reads {FORMAT_VERSION}; cache again.")
-    return dict(manifest)
+    return {
+        **manifest,
+        "counted": manifest.get("counted", "attention_mask"),
+    }  # caches from before there were others do not say it
 
 
 def check_shards(folder: Path, manifest: dict[str, Any], *, contents: bool) -> None:

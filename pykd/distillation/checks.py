@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pykd.models.adapter import num_classes
+from pykd.models.adapter import num_classes, unwrap
 from pykd.training.record import require_finite_weights
 
 
@@ -24,8 +24,14 @@ def common_classes(
     require_finite_weights(student, "student")
     mine, its = num_classes(student), num_classes(teacher)
     vocabulary = None
+    tokens = tuple(_tokens(model) for model in (student, teacher))
     if student_tokenizer is not None and teacher_tokenizer is not None:
         vocabulary = _common_vocabulary(student_tokenizer, teacher_tokenizer)
+    elif None not in tokens and tokens[0] != tokens[1]:
+        raise ValueError(
+            f"the student reads {tokens[0]} tokens, the teacher {tokens[1]}: they must share a vocabulary; pass both "
+            "tokenizers if the sizes differ by padding only"
+        )
     if mine == its:
         return mine
     if vocabulary is not None and min(mine, its) >= vocabulary:
@@ -34,6 +40,16 @@ def common_classes(
         f"the student has {mine} classes, the teacher {its}: give both the same (derive(teacher, num_classes=...) or "
         "num_labels=...), or pass both tokenizers if the widths differ by padding only"
     )
+
+
+def _tokens(model: nn.Module) -> int | None:
+    """How many tokens a model can read; None for a model that does not read tokens."""
+    table: Any = getattr(unwrap(model), "get_input_embeddings", lambda: None)() if _reads_tokens(model) else None
+    return getattr(table, "num_embeddings", None)
+
+
+def _reads_tokens(model: nn.Module) -> bool:
+    return getattr(unwrap(model), "main_input_name", None) == "input_ids"
 
 
 def _common_vocabulary(student: Any, teacher: Any) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 
 from pykd.data.bundle import DataBundle
 from pykd.distillation.checks import common_classes
-from pykd.distillation.logits import logits_loss
+from pykd.distillation.methods import METHODS, Methods, Weighted, resolve
 from pykd.distillation.offline import Offline, check_offline
-from pykd.distillation.teacher import Teacher
+from pykd.distillation.quantized import quantized
+from pykd.distillation.sequence import teacher_writes
+from pykd.distillation.teacher import Teacher, first_batch
 from pykd.distillation.teacher_cache import TeacherCache
-from pykd.errors import nearest
-from pykd.models.adapter import logits
+from pykd.distillation.terms import Terms
+from pykd.models.adapter import logits, unwrap
 from pykd.training.config import TrainConfig
 from pykd.training.guard import Guard
 from pykd.training.labels import check_batch, predicts_next
@@ -26,20 +29,19 @@ from pykd.training.watch import Validate
 from pykd.training.watched import watched
 
 Model = TypeVar("Model", bound=nn.Module)
-Method = Callable[..., Tensor]
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Any]]]
 
-#: Name -> loss(student_logits, teacher_logits, labels, *, temperature, alpha, shift).
-METHODS: dict[str, Method] = {
-    "logits": logits_loss,
-}
+__all__ = ["METHODS", "distill"]
 
 
 def distill(
     student: Model,
-    teacher: nn.Module | TeacherCache,
+    teacher: nn.Module | TeacherCache | Sequence[nn.Module],
     data: DataBundle | Loader,
     *,
-    method: str | Method = "logits",
+    method: Methods = "logits",
+    teacher_weights: Sequence[float] | None = None,
+    teacher_scheme: str | None = None,
     temperature: float = 4.0,
     alpha: float = 0.5,
     epochs: float = 1.0,
@@ -70,16 +72,23 @@ def distill(
 ) -> Model:
     """Train ``student`` in place to follow ``teacher`` (Hinton et al. 2015); returns it, recorded in ``pykd_report``.
 
-    The loss is ``alpha * T^2 * KL(teacher / T, student / T) + (1 - alpha) * cross entropy``. method: a name in METHODS
-    or a function like theirs. The teacher runs in eval mode without gradients; when the run has several epochs over a
-    fixed training set and all its logits fit in ``cache_bytes``, they are computed once. A :class:`TeacherCache` in the
+    The loss of "logits" is ``alpha * T^2 * KL(teacher / T, student / T) + (1 - alpha) * cross entropy``. method: a name
+    in METHODS, a function like ``logits_loss``, a :class:`Method`, or several with their weights in the sum:
+    ``{"logits": 1.0, "hidden": 0.5, "contrastive": {"weight": 0.1, "sharpness": 0.2}}``. "hidden" and "attention"
+    follow the map of layers that ``derive`` left on the student (``match_layers``); what projections learn is dropped.
+    "sequence" replaces the training targets by what the (first) teacher writes; "on_policy" lets the student write.
+
+    teacher: one, or several whose terms are averaged by ``teacher_weights`` (equal by default). teacher_scheme: "w8a8",
+    "w8a16" or "w4a16" runs quantized copies of the teachers, in less memory. Teachers run in eval mode without
+    gradients; when the run has several epochs over a fixed training set and all logits fit in ``cache_bytes``, they are
+    computed once. A :class:`TeacherCache` in the
     teacher's place says what :func:`cache_teacher` kept of it; the loss is then ``kd_loss_topk``. student_tokenizer,
     teacher_tokenizer: if both are given they must be equal, and the widths of the logits may then differ by padding.
     The other options are those of :class:`pykd.training.TrainConfig` and :func:`pykd.training.fit`; a ``guard`` without
     ``validate`` guards the accuracy on the held-out split, and knows the teacher's.
 
-    Raises ValueError for class counts or tokenizers that do not fit together, NaN in either model's weights, or an
-    unknown method; DataError for labels out of range.
+    Raises ValueError for class counts, vocabularies or layers that do not fit together, NaN in either model's weights,
+    or an unknown method; DataError for labels out of range.
 
     >>> from torch import nn, randn, randint
     >>> batches = [{"pixel_values": randn(8, 4), "labels": randint(3, (8,))} for _ in range(5)]
@@ -104,34 +113,34 @@ def distill(
         validate_steps=validate_steps,
         keep_checkpoints=keep_checkpoints,
     )
+    methods, settings = resolve(method), {"temperature": temperature, "alpha": alpha}
     source: Teacher | Offline
     if isinstance(teacher, TeacherCache):
-        classes = check_offline(student, teacher, method=method, temperature=temperature)
-        source, cached, teacher_class = Offline(teacher, data), True, teacher.manifest["teacher"]["class"]
-        term: Method = source.loss
+        classes = check_offline(student, teacher, methods=methods, temperature=temperature)
+        source, cached, names = Offline(teacher, data), True, [teacher.manifest["teacher"]["class"]]
+        loss_fn, terms = _offline_loss(source, classes, temperature, alpha), None
     else:
-        term, source, teacher_class = _resolve(method), Teacher(teacher, data), type(teacher).__name__
-        classes = common_classes(
-            student, teacher, student_tokenizer=student_tokenizer, teacher_tokenizer=teacher_tokenizer
-        )
-        cached = source.remember(config, cache_bytes=cache_bytes, progress=progress)
-
-    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        check_batch(batch, classes=classes)
-        wanted = source(batch)
-        wanted = wanted[..., :classes] if isinstance(wanted, Tensor) else wanted
-        scores = logits(model, batch)[..., :classes]
-        shift = predicts_next(model)
-        return term(scores, wanted, batch["labels"], temperature=temperature, alpha=alpha, shift=shift), {}
-
-    settings = {"temperature": temperature, "alpha": alpha}
-    validate, guard = watched(validate, guard, data, teacher=teacher if isinstance(teacher, nn.Module) else None)
-    with source.frozen():
+        teachers = list(teacher) if isinstance(teacher, Sequence) else [teacher]
+        shares = _shares(teacher_weights, len(teachers))
+        pair = {"student_tokenizer": student_tokenizer, "teacher_tokenizer": teacher_tokenizer}
+        classes = min(common_classes(student, each, **pair) for each in teachers)
+        names = [type(each).__name__ for each in teachers]
+        if teacher_scheme is not None:
+            teachers = [quantized(each, teacher_scheme) for each in teachers]
+        terms = Terms(methods, student, teachers, shares, temperature=temperature, alpha=alpha, classes=classes)
+        source = Teacher(teachers, _written(methods, teachers[0], data, checkpoint_dir, progress))
+        cached = terms.logits_only and source.remember(config, cache_bytes=cache_bytes, progress=progress)
+        loss_fn = _loss(terms, source, classes)
+        settings |= _settings(methods, shares, teacher_scheme)
+    its = None if isinstance(teacher, TeacherCache) else teachers[0]
+    validate, guard = watched(validate, guard, data, teacher=its)
+    with source.frozen(), terms.ready(first_batch(data, student), seed=seed) if terms else contextlib.nullcontext():
         history = fit(
             student,
             source.data,
             loss_fn,
             config,
+            modules=terms.modules if terms else None,
             validate=validate,
             guard=guard,
             settings=settings,
@@ -141,16 +150,63 @@ def distill(
             progress=progress,
             label=label,
         )
-    name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-    facts = {"teacher": teacher_class, "classes": classes, "teacher_cached": cached}
+    facts = {"teacher": " + ".join(names), "classes": classes, "teacher_cached": cached}
     parameters = config.to_dict() | settings
+    name = " + ".join(each.name for each in methods)
     add_record(student, stage="distill", method=name, parameters=parameters, **facts, **history.summary())
     return student
 
 
-def _resolve(method: str | Method) -> Method:
-    if callable(method):
-        return method
-    if method not in METHODS:
-        raise ValueError(nearest("method", method, METHODS))
-    return METHODS[method]
+def _loss(terms: Terms, source: Teacher, classes: int) -> Loss:
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        check_batch(batch, classes=classes)
+        return terms(model, batch, source.known(batch))
+
+    return loss_fn
+
+
+def _offline_loss(source: Offline, classes: int, temperature: float, alpha: float) -> Loss:
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        check_batch(batch, classes=classes)
+        kept, scores = source(batch), logits(model, batch)[..., :classes]
+        shift = predicts_next(unwrap(model))
+        return source.loss(scores, kept, batch["labels"], temperature=temperature, alpha=alpha, shift=shift), {}
+
+    return loss_fn
+
+
+def _shares(weights: Sequence[float] | None, teachers: int) -> list[float]:
+    """Weights of the teachers, scaled to add up to 1."""
+    if teachers == 0:
+        raise ValueError("distill needs a teacher, or several in a list, got an empty one")
+    found = [1.0] * teachers if weights is None else [float(weight) for weight in weights]
+    if len(found) != teachers or any(not 0 < weight < float("inf") for weight in found):
+        raise ValueError(f"teacher_weights must be {teachers} positive numbers, one for each teacher, got {weights}")
+    return [weight / sum(found) for weight in found]
+
+
+def _settings(methods: Sequence[Weighted], shares: Sequence[float], scheme: str | None) -> dict[str, Any]:
+    """What else decides the loss, where it is not the default: a checkpoint of other settings is refused."""
+    plain = len(methods) == 1 and methods[0].weight == 1.0 and methods[0].method.compares == "logits"
+    found: dict[str, Any] = {}
+    if not plain:
+        found["method"] = {each.name: {"weight": each.weight, **each.method.options} for each in methods}
+    if len(shares) > 1:
+        found["teacher_weights"] = list(shares)
+    return found if scheme is None else {**found, "teacher_scheme": scheme}
+
+
+def _written(
+    methods: Sequence[Weighted],
+    teacher: nn.Module,
+    data: DataBundle | Loader,
+    checkpoint_dir: str | Path | None,
+    progress: bool | None,
+) -> DataBundle | Loader:
+    """The data, with the teacher's sequences for targets where a method trains on them."""
+    for each in methods:
+        if each.method.compares == "teacher's sequences":
+            beams = int(each.method.options.get("beams", 4))
+            path = None if checkpoint_dir is None else Path(checkpoint_dir) / "teacher_sequences.json"
+            return teacher_writes(teacher, data, beams=beams, path=path, progress=progress)
+    return data

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from pykd.data.bundle import DataBundle
 from pykd.distillation.cache import counted_positions
+from pykd.distillation.methods import Weighted
 from pykd.distillation.teacher import ROW, Rows, with_rows
 from pykd.distillation.teacher_cache import TeacherCache
 from pykd.models.adapter import num_classes
@@ -37,7 +39,7 @@ class Offline:
         """Ids and log probabilities of a batch, on its device."""
         rows = batch.pop(ROW).tolist()
         labels = batch["labels"]
-        counted = counted_positions(batch["input_ids"].shape, batch).cpu() if self.cache.per_position else None
+        counted = counted_positions(batch, self.cache.manifest["counted"]).cpu() if self.cache.per_position else None
         ids, log_probs = self.cache.batch(rows, counted)
         return ids.to(labels.device), log_probs.to(labels.device)
 
@@ -55,11 +57,12 @@ class Offline:
                             temperature=temperature, alpha=alpha, shift=shift)  # fmt: skip
 
 
-def check_offline(student: nn.Module, cache: TeacherCache, *, method: object, temperature: float) -> int:
+def check_offline(student: nn.Module, cache: TeacherCache, *, methods: Sequence[Weighted], temperature: float) -> int:
     """The classes of both, if the student can learn from the cache in this way; else ValueError."""
     require_finite_weights(student, "student")
-    if method != "logits":
-        raise ValueError(f"a cached teacher has no logits for method {method!r}: use method='logits', or the teacher")
+    named = " + ".join(each.name for each in methods)
+    if named != "logits":
+        raise ValueError(f"a cached teacher has no logits for method {named!r}: use method='logits', or the teacher")
     if num_classes(student) != cache.classes:
         raise ValueError(f"the student has {num_classes(student)} classes, the cached teacher {cache.classes}")
     if cache.missing == "tail" and temperature != cache.temperature:

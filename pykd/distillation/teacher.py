@@ -1,10 +1,10 @@
-"""The teacher's logits: computed with each batch, or once for all when the training set is fixed and they fit."""
+"""The teachers of a run: kept still, and one teacher's logits computed once for all when they are fixed and fit."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,21 +36,23 @@ class Rows:
 
 
 class Teacher:
-    """Logits of a frozen teacher for batches of a training set.
+    """Frozen teachers, and the training data for them.
 
-    When every row keeps its logits in memory (``cached``), each is computed once, in the order of the data set, so that
-    they do not depend on the step at which a run was interrupted and resumed.
+    When every row keeps its logits in memory (``cached``, of a single teacher), each is computed once, in the order of
+    the data set, so that they do not depend on the step at which a run was interrupted and resumed.
     """
 
-    def __init__(self, model: nn.Module, data: DataBundle | Loader) -> None:
-        self.model = model
+    def __init__(self, models: Sequence[nn.Module], data: DataBundle | Loader) -> None:
+        self.models = list(models)
         self.data: DataBundle | Loader = data
         self.cached: Tensor | None = None
 
     def remember(self, config: TrainConfig, *, cache_bytes: int, progress: bool | None) -> bool:
         """Compute every row's logits if that saves work and fits in ``cache_bytes``; True when it was done."""
         data = self.data
-        if not isinstance(data, DataBundle) or config.total_steps(_steps(data, config)) <= _steps(data, config):
+        if len(self.models) > 1 or not isinstance(data, DataBundle):
+            return False
+        if config.total_steps(_steps(data, config)) <= _steps(data, config):
             return False
         with self.frozen():
             if not fixed(data.train):
@@ -62,38 +64,52 @@ class Teacher:
         self.data = dataclasses.replace(data, train=Rows(data.train), collate=with_rows(data))
         return True
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Logits of a batch; the teacher gets no gradient and does not change."""
+    def known(self, batch: Batch) -> Tensor | None:
+        """Logits of a batch if they were computed before; the numbers of its rows are taken out of it."""
         rows = batch.pop(ROW, None)
-        if self.cached is not None and rows is not None:
-            return self.cached[rows]
-        with torch.no_grad():
-            return logits(self.model, batch)
+        return None if self.cached is None or rows is None else self.cached[rows]
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """The teacher in eval mode, and as it was afterwards."""
-        was_training = self.model.training
-        self.model.eval()
+        """The teachers in eval mode, and as they were afterwards."""
+        was_training = [model.training for model in self.models]
         try:
+            for model in self.models:
+                model.eval()
             yield
         finally:
-            self.model.train(was_training)
+            for model, training in zip(self.models, was_training, strict=True):
+                model.train(training)
 
     def _all_rows(self, data: DataBundle, config: TrainConfig, budget: int, progress: bool | None) -> Tensor | None:
         from tqdm import tqdm
 
-        device = next(self.model.parameters()).device
+        device = device_of(self.models[0])
         found: list[Tensor] = []
         order = batches(data.train, data.collate, config.batch_size)
         disable = None if progress is None else not progress
         for batch in tqdm(order, "teacher logits", _steps(data, config), unit="batch", disable=disable, leave=False):
             with torch.no_grad(), _autocast(config, device):
-                out = logits(self.model, move(batch, device))
+                out = logits(self.models[0], move(batch, device))
             if out.dim() != 2 or out[0].nbytes * len(data.train) > budget:
                 return None
             found.append(out)
         return torch.cat(found)
+
+
+def first_batch(data: DataBundle | Loader, model: nn.Module) -> Batch:
+    """A small batch to try the models with, on the model's device; no random state is used up."""
+    with preserved_rng():
+        if isinstance(data, DataBundle):
+            batch = data.collate([data.train[row] for row in range(min(2, len(data.train)))])
+        else:
+            batch = next(iter(data))
+    return move(batch, device_of(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters or, where all of them are packed, its buffers are."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _steps(data: DataBundle, config: TrainConfig) -> int:

@@ -23,7 +23,11 @@ def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     >>> logits(nn.Linear(4, 3), {"pixel_values": torch.zeros(2, 4), "labels": torch.zeros(2)}).shape
     torch.Size([2, 3])
     """
-    output = call(model, batch)
+    return logits_of(model, call(model, batch))
+
+
+def logits_of(model: nn.Module, output: Any) -> Tensor:
+    """The logits in what `call` returned; errors as for `logits`."""
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if found is None:
         raise DataError(

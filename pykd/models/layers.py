@@ -124,3 +124,37 @@ def _set_counts(owner: object, names: Sequence[str], old: int, new: int) -> None
     for name in names:
         if getattr(owner, name, None) == old:
             setattr(owner, name, new)
+
+
+def match_layers(student: nn.Module, teacher: nn.Module) -> list[list[int]]:
+    """For each stack, the teacher's layer that each student layer should follow, by number.
+
+    A student that was cut from this teacher, or from the same original, follows the layer that it came from, or the
+    nearest that the teacher still has. Others follow evenly, the last layer the last one (TinyBERT, Jiao et al. 2020,
+    section 4.1). Raises ValueError for models with different numbers of stacks.
+
+    >>> match_layers(nn.Linear(2, 2), nn.Linear(2, 2))
+    []
+    """
+    mine, its = list(layer_map(student).values()), list(layer_map(teacher).values())
+    if len(mine) != len(its):
+        raise ValueError(
+            f"{type(student).__name__} has {len(mine)} stacks of layers, {type(teacher).__name__} {len(its)}: "
+            "layers can be matched between models of one kind only"
+        )
+    matched = []
+    for own, other in zip(mine, its, strict=True):
+        if _was_cut(student) and own[-1] <= other[-1]:
+            matched.append([_nearest(layer, other) for layer in own])
+        else:
+            matched.append([-(-(index + 1) * len(other) // len(own)) - 1 for index in range(len(own))])
+    return matched
+
+
+def _nearest(layer: int, layers: Sequence[int]) -> int:
+    """Where in a list the number nearest to one is; the first of two equally near ones."""
+    return min(range(len(layers)), key=lambda at: abs(layers[at] - layer))
+
+
+def _was_cut(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "pykd_layer_map", None) or "pykd_layer_map" in vars(model))

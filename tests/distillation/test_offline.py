@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pykd import kd_loss_topk, kl_div_loss
+from pykd.data import DataBundle
 from pykd.distillation import TeacherCache, cache_teacher, distill, logits_loss
 
 from .cached import Mortal, bundle
@@ -96,3 +97,33 @@ def test_errors(tmp_path: Path, changes: dict[str, Any], error: type[Exception],
     arguments = {"student": student(), "teacher": cache, "data": bundle()} | SETTINGS | changes
     with pytest.raises(error, match=message):
         distill(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "counted"),
+    [("bert", "token-classification", "attention_mask"), ("llama", "causal-lm", "attention_mask"),
+     ("t5", "seq2seq-lm", "labels"), ("bert", "masked-lm", "labels")],
+)  # fmt: skip
+def test_token_families_from_the_cache(
+    family: str, task: str, counted: str, bundles: dict[str, DataBundle], tmp_path: Path
+) -> None:
+    from pykd.models.huggingface import load_huggingface
+    from pykd.models.students import derive
+
+    body = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    own = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    data = bundles[task]
+    config = {"model_type": family, "vocab_size": len(data.tokenizer), **(own if family == "t5" else body)}
+    labels = {"num_labels": len(data.class_names)} if data.class_names else {}
+    teacher = load_huggingface(None, task, config=config, **labels)
+    whole = cache_teacher(teacher, data, tmp_path / "cache", k=1000, batch_size=7, progress=False)
+    assert whole.manifest["counted"] == counted and whole.per_position
+    batch = data.collate([data.train[0]])
+    kept = batch["labels"] != -100 if counted == "labels" else batch["attention_mask"] == 1
+    assert len(whole[0][0]) == int(kept.sum())
+    options: dict[str, Any] = {"temperature": 1.0, "max_steps": 4, "batch_size": 8, "progress": False}
+    runs = [derive(teacher.eval(), depth=1) for _ in range(2)]
+    distill(runs[0], teacher, data, **options)
+    distill(runs[1], whole, data, **options)
+    losses = [[record["loss"] for record in run.pykd_report[-1]["curve"]] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)

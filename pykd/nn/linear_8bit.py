@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -13,12 +14,16 @@ from pykd.nn.codecs.eight_bit import EightBit, dequantize_8bit, quantize_8bit
 from pykd.nn.compressed import CompressedModule
 from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import native
+from pykd.ops.int4_r16 import groups_of
 from pykd.ops.int8_r16 import pack_r16, unpack_r16
 from pykd.ops.linear_8bit import MOST_FEATURES, SCHEMES_8BIT, linear_8bit
 
 
 class Weight8bit(CompressedModule):
     """A weight matrix [rows, columns] in int8 with a float32 scale per row; `int8_r16` in the memory of a CPU.
+
+    With a `group_size` so many columns of a row share a scale ("w8a16" only, scales [rows, groups]); no kernel knows
+    such weights: they stay as in files and are unpacked to a dense weight in each call.
 
     scheme: "w8a8" (activations are rounded to int8, with a scale per row of them) or "w8a16" (they are kept).
 
@@ -34,16 +39,18 @@ class Weight8bit(CompressedModule):
     #: Whether the weight is multiplied with: else its codes stay a row each, as a lookup wants them.
     multiplies = True
 
-    def __init__(self, rows: int, columns: int, scheme: str) -> None:
+    def __init__(self, rows: int, columns: int, scheme: str, group_size: int | None = None) -> None:
         if scheme not in SCHEMES_8BIT:
             raise ValueError(nearest("8-bit scheme", scheme, SCHEMES_8BIT))
+        if group_size is not None and scheme != "w8a16":
+            raise ValueError(f"a scale per group goes with scheme 'w8a16' only, got {scheme!r} with {group_size}")
         super().__init__(torch.float32)
-        self.rows, self.columns, self.scheme = rows, columns, scheme
+        self.rows, self.columns, self.scheme, self.group_size = rows, columns, scheme, group_size
         self.nnz: int | None = None
 
     def _quantize(self, weight: Tensor) -> None:
         self.dtype = weight.dtype
-        tensors = quantize_8bit(weight)
+        tensors = quantize_8bit(weight, group_size=self.group_size)
         kept = int(tensors.qweight.count_nonzero())
         self.nnz = kept if self.rows * -(-self.columns // 8) + kept < tensors.qweight.numel() else None
         self._register(self._stored(tensors))
@@ -56,7 +63,8 @@ class Weight8bit(CompressedModule):
 
     def _register_empty(self, spec: dict[str, Any], device: torch.device | str | None) -> None:
         self.dtype, self.nnz = getattr(torch, spec["dtype"]), spec["nnz"]
-        scales = torch.zeros(self.rows, device=device)
+        groups = () if self.group_size is None else (groups_of(self.columns, self.group_size).number,)
+        scales = torch.zeros(self.rows, *groups, device=device)
         if self.nnz is None:
             codes = torch.zeros(self.rows, self.columns, dtype=torch.int8, device=device)
             self._register({"qweight": codes, "scales": scales})
@@ -66,13 +74,18 @@ class Weight8bit(CompressedModule):
         self._register({"bitmask": bitmask, "qvalues": qvalues, "scales": scales})
 
     def _spec(self) -> dict[str, Any]:
-        return {"scheme": self.scheme, "nnz": self.nnz, "dtype": str(self.dtype).removeprefix("torch.")}
+        groups = {} if self.group_size is None else {"group_size": self.group_size}
+        return {"scheme": self.scheme, **groups, "nnz": self.nnz, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def _matrix(self) -> Tensor:
-        return dequantize_8bit(self._tensors()).to(self.dtype)
+        return dequantize_8bit(self._tensors(), group_size=self.group_size).to(self.dtype)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias from whatever layout is resident."""
+        if self.group_size is not None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weight = dequantize_8bit(self._tensors(), group_size=self.group_size).to(wide)
+            return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
         packed = self._buffers.get("packed")
         if packed is not None:
             return linear_8bit(x, packed, bias=bias, scheme=self.scheme, out_features=self.rows)
@@ -105,7 +118,7 @@ class Weight8bit(CompressedModule):
         return "packed" in self._buffers or "qweight" in self._non_persistent_buffers_set
 
     def _pack(self) -> None:
-        fits = self.multiplies and self.columns <= MOST_FEATURES
+        fits = self.multiplies and self.group_size is None and self.columns <= MOST_FEATURES
         runs_natively = fits and native is not None and self.device.type == "cpu"
         if self._has_layout() or not (runs_natively or self.nnz is not None):
             return
@@ -129,18 +142,26 @@ class Linear8bit(Weight8bit):
     torch.Size([2, 16])
     """
 
-    def __init__(self, in_features: int, out_features: int, scheme: str = "w8a8") -> None:
-        super().__init__(out_features, in_features, scheme)
+    def __init__(
+        self, in_features: int, out_features: int, scheme: str = "w8a8", group_size: int | None = None
+    ) -> None:
+        super().__init__(out_features, in_features, scheme, group_size)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, scheme: str = "w8a8") -> Self:
+    def from_linear(cls, linear: nn.Linear, *, scheme: str = "w8a8", group_size: int | None = None) -> Self:
         """Quantize a linear layer by rounding each row to its largest magnitude / 127; the bias is shared.
 
-        scheme: "w8a8" rounds activations to int8 in each call (dynamic, per row), "w8a16" keeps them.
+        Args:
+            scheme: "w8a8" rounds activations to int8 in each call (dynamic, per row), "w8a16" keeps them.
+            group_size: "w8a16" only: so many inputs share a scale. Closer to the dense layer and as small, but not
+                faster: see `Weight8bit`. For a whole model ``quantize(model, lambda layer, group_size:
+                Linear8bit.from_linear(layer, scheme="w8a16", group_size=group_size))``.
+
+        Raises ValueError for a group size with "w8a8", or below 1.
         """
-        layer = cls(linear.in_features, linear.out_features, scheme)
+        layer = cls(linear.in_features, linear.out_features, scheme, group_size)
         layer._quantize(linear.weight)
         layer.bias = linear.bias
         layer.train(linear.training)
@@ -153,7 +174,7 @@ class Linear8bit(Weight8bit):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
-        layer = cls(spec["in_features"], spec["out_features"], spec["scheme"])
+        layer = cls(spec["in_features"], spec["out_features"], spec["scheme"], spec.get("group_size"))
         layer._register_empty(spec, device)
         if spec["bias"]:
             layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))
@@ -178,4 +199,5 @@ class Linear8bit(Weight8bit):
     def extra_repr(self) -> str:
         kept = "" if self.nnz is None else f", kept={self.nnz / (self.rows * self.columns):.3f}"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bias={self.bias is not None}, scheme={self.scheme}{kept}"
+        groups = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f"{sizes}, bias={self.bias is not None}, scheme={self.scheme}{groups}{kept}"

@@ -19,6 +19,9 @@ TABLE.extend(
         Route("linear_8bit", "cuda", "w8a8", "torch._int_mm, rows and sizes padded as it needs"),
         Route("linear_8bit", "cuda", "w8a16", "reference"),
         Route("linear_8bit", "other", "always", "reference"),
+        Route(
+            "Linear8bit", "all", "w8a16 with a scale per group of inputs", "dense weight unpacked in each call, torch"
+        ),
     ]
 )
 

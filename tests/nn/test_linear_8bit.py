@@ -86,6 +86,38 @@ def test_one_copy_of_the_weight_is_resident(zeros: float) -> None:
     assert resident <= 1.05 * (96 * 768 + 4 * 96)
 
 
+@pytest.mark.parametrize("zeros", [0.0, 0.7])
+@pytest.mark.parametrize("group_size", [16, 30, 100])
+def test_a_scale_per_group(group_size: int, zeros: float) -> None:
+    linear, per_row = layer(zeros, scheme="w8a16")
+    grouped = Linear8bit.from_linear(linear, scheme="w8a16", group_size=group_size)
+    x = torch.randn(3, 5, 67, requires_grad=True)
+    state = grouped.state_dict()
+    assert state["scales"].shape == (45, -(-67 // group_size)) and ("bitmask" in state) == bool(zeros)
+    errors = [(module.weight - linear.weight).norm() for module in (grouped, per_row)]
+    assert errors[0] < errors[1] if group_size < 67 else torch.equal(grouped.weight, per_row.weight)
+    assert bool((grouped.weight[linear.weight == 0] == 0).all())
+    torch.testing.assert_close(grouped(x), grouped.to_dense()(x))
+    grouped(x).sum().backward()
+    torch.testing.assert_close(x.grad, grouped.weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+    assert grouped(x.bfloat16()).dtype == torch.bfloat16
+    for device in ("cpu", "meta"):
+        again = Linear8bit.from_spec(grouped.spec(), device=device)
+        again.load_state_dict(state, assign=True)
+        assert torch.equal(again(x), grouped(x)) and again.spec() == grouped.spec()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(grouped)))
+    compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.detach()), grouped(x))
+    assert f"scheme=w8a16, group_size={group_size}" in repr(grouped)
+
+
+def test_where_a_scale_per_group_does_not_go() -> None:
+    with pytest.raises(ValueError, match="a scale per group goes with scheme 'w8a16' only, got 'w8a8' with 32"):
+        Linear8bit.from_linear(nn.Linear(4, 4), group_size=32)
+    with pytest.raises(ValueError, match="group_size must be at least 1, or None for the whole row, got 0"):
+        Linear8bit.from_linear(nn.Linear(4, 4), scheme="w8a16", group_size=0)
+
+
 def test_threads_may_change_after_packing() -> None:
     _, compressed = layer()
     x = torch.randn(9, 67)

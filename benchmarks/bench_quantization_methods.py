@@ -6,7 +6,7 @@ model: a folder that pykd or Hugging Face saved, with its tokenizer. data: a tab
 with a column `split` (as `benchmarks/data/debian.py` writes it) its `test` rows are measured and its `train` rows
 calibrate. Printed per variant: mean KL divergence of the class probabilities from those of the model as it was, in
 nats; texts whose predicted class is another; accuracy; bytes of all tensors as they would be stored; seconds to
-quantize. The peers (bitsandbytes, HQQ, torchao) round the same layers; their weights are unpacked and run dense, so
+quantize. `embeddings` quantizes the embeddings alone, `+ embeddings` them too. The peers (bitsandbytes, HQQ, torchao) round the same layers; their weights are unpacked and run dense, so
 what is compared is the choice of the codes and not a kernel, and torchao's codes, which it keeps a byte each, count as
 4 bits. A peer that is not installed or fails is listed as not measured. `--json FILE` also writes the numbers and the
 environment.
@@ -41,6 +41,9 @@ SCHEMES: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
     *((scheme, symmetric, tuple(METHODS)) for scheme, symmetric in (("w4a16", True), ("w4a16", False), ("nf4", True))),
     ("fp4", True, tuple(METHODS)),
 )
+
+#: Schemes of the embeddings: alone, and together with linear layers in w4a16.
+EMBEDDINGS: tuple[str, ...] = ("w8a16", "w4a16", "nf4")
 
 #: weight, group size -> (what the peer makes of it, the bytes that it stores)
 Peer = Callable[[Tensor, int], tuple[Tensor, int]]
@@ -105,6 +108,17 @@ def variants(settings: argparse.Namespace, data: DataBundle) -> Iterator[tuple[s
                 return stored_bytes(model)
 
             yield name, ours
+    for scheme in EMBEDDINGS:
+        for method in (None, "rtn", "gptq"):
+            name = f"pykd embeddings {scheme}" if method is None else f"pykd w4a16 {method} + embeddings {scheme}"
+
+            def with_embeddings(model: nn.Module, scheme: str = scheme, method: str | None = method) -> int:
+                options: dict[str, Any] = {"include": ["*embeddings*"]} if method is None else {"method": method}
+                options |= {"group_size": settings.group_size, "samples": settings.samples, "data": data}
+                quantize(model, "w4a16", embeddings=scheme, seed=settings.seed, **options)
+                return stored_bytes(model)
+
+            yield name, with_embeddings
     for name, load in PEERS.items():
         yield name, lambda model, load=load: apply_peer(model, load(), settings.group_size)  # type: ignore[misc]
 

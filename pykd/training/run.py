@@ -126,6 +126,7 @@ class Run:
         problem = self.engine.agree(problem)
         if problem is not None:
             raise ArtifactError(problem)
+        self.store.saved_step = self.history.steps if self.store.directory is not None else None
 
     def state(self) -> State:
         """Weights, optimizer and history: whole tensors, and JSON-able values."""

@@ -20,7 +20,7 @@ class Store:
     def __init__(self, directory: str | Path | None, *, keep: int) -> None:
         self.directory = Path(directory) if directory is not None else None
         self.keep = keep
-        self.saved_step: int | None = None
+        self.saved_step: int | None = None  # in every process, whichever of them writes
         self._best: State | None = None
 
     def save(self, state: State, *, step: int, best: bool = False) -> None:
@@ -34,7 +34,6 @@ class Store:
         except ArtifactError as error:
             good = f"the checkpoint of step {self.saved_step} is intact: " if self.saved_step is not None else ""
             raise ArtifactError(f"training stopped after step {step}: {good}{error}") from error
-        self.saved_step = step
 
     def load(self, *, best: bool = False) -> State:
         """The newest state, or the best one."""

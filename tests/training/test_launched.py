@@ -1,0 +1,106 @@
+"""Runs of two processes (gloo) that are the run of one process with twice the batch, also when killed and resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from pykd.training import TrainConfig
+from pykd.training.engine import Engine, engine_for
+
+SCRIPT = Path(__file__).with_name("launched.py")
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+launched = load_script()
+
+
+def together(kind: str, result: Path, *more: str) -> tuple[int, int | None]:
+    """Exit statuses of two processes with a rendezvous of their own; the second is killed when the first has failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), "2", port, kind, str(result), *more], stderr=subprocess.DEVNULL
+        )
+        for rank in range(2)
+    ]
+    try:
+        first = workers[0].wait(120)
+        return first, workers[1].wait(120 if first == 0 else 0.1)
+    except subprocess.TimeoutExpired:  # the other one waits for a process that is dead
+        return first, None
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def close(found: list[Any], want: list[Any]) -> None:
+    """The curves to one part in ten thousand, and the weights."""
+    for got, expected in zip(found[:3], want[:3], strict=True):
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-4, atol=0)
+    assert found[3].keys() == want[3].keys()
+    for name, value in want[3].items():
+        torch.testing.assert_close(torch.tensor(found[3][name]), torch.tensor(value), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_are_one_with_twice_the_batch(kind: str, tmp_path: Path) -> None:
+    assert together(kind, tmp_path / "whole") == (0, 0)
+    first, second = (json.loads((tmp_path / f"whole.{rank}").read_text()) for rank in range(2))
+    assert first == second
+    want = launched.train(8)
+    assert len(want[0]) == 9 and want[2][-1] < want[2][0]
+    close(first, want)
+    if kind == "ddp":  # what is whole in every process anyway
+        return
+    more = [str(tmp_path / "checkpoints"), "5"]
+    assert together(kind, tmp_path / "dead", *more, "fresh")[0] == 7
+    assert (tmp_path / "checkpoints" / "checkpoint.json").exists()
+    assert together(kind, tmp_path / "again", more[0], "100", "resume") == (0, 0)
+    assert json.loads((tmp_path / "again.0").read_text()) == first
+
+
+def test_fsdp1_is_refused() -> None:
+    command = [sys.executable, "-c", REFUSED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "fit runs under DDP and FSDP2, this launch is configured for FSDP: set fsdp_version: 2" in done.stderr
+
+
+REFUSED = """
+import os, torch
+os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+    ACCELERATE_USE_CPU="true", ACCELERATE_DYNAMO_BACKEND="no", ACCELERATE_USE_FSDP="true", FSDP_VERSION="1")
+from unittest import mock
+import accelerate
+from accelerate.utils import DistributedType
+from pykd.training.config import TrainConfig
+from pykd.training.engine import engine_for
+with mock.patch.object(accelerate.Accelerator, "distributed_type", DistributedType.FSDP):
+    engine_for(TrainConfig(), torch.device("cpu"))
+"""
+
+
+def test_a_process_that_was_not_launched_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    engine = engine_for(TrainConfig(), torch.device("cpu"))
+    assert type(engine) is Engine and (engine.rank, engine.processes) == (0, 1)

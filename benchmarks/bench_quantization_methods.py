@@ -6,10 +6,10 @@ model: a folder that pykd or Hugging Face saved, with its tokenizer. data: a tab
 with a column `split` (as `benchmarks/data/debian.py` writes it) its `test` rows are measured and its `train` rows
 calibrate. Printed per variant: mean KL divergence of the class probabilities from those of the model as it was, in
 nats; texts whose predicted class is another; accuracy; bytes of all tensors as they would be stored; seconds to
-quantize. `embeddings` quantizes the embeddings alone, `+ embeddings` them too. The peers (bitsandbytes, HQQ, torchao) round the same layers; their weights are unpacked and run dense, so
-what is compared is the choice of the codes and not a kernel, and torchao's codes, which it keeps a byte each, count as
-4 bits. A peer that is not installed or fails is listed as not measured. `--json FILE` also writes the numbers and the
-environment.
+quantize. "embeddings" quantizes the embeddings alone, "+ embeddings" them too. The peers (bitsandbytes, HQQ, torchao)
+round the same linear layers; their weights are unpacked and run dense, so what is compared is the choice of the codes
+and not a kernel, and torchao's codes, which it keeps a byte each, count as 4 bits. A peer that is not installed or
+fails is listed as not measured. `--json FILE` also writes the numbers and the environment.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ _LAZY: dict[str, str] = {
     "compare": "pykd.evaluation",
     "convert_qat": "pykd.quantization",
     "distill": "pykd.distillation",
+    "distill_chain": "pykd.distillation",
     "evaluate": "pykd.evaluation",
     "finetune": "pykd.training.finetune",
     "from_pretrained": "pykd.io.load",

@@ -1,0 +1,233 @@
+"""Teacher-assistant chains: teacher -> s1 -> s2 ..., and what each link is worth beside the shorter ways."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pykd.data.bundle import DataBundle, digest
+from pykd.distillation.cache_files import fingerprint
+from pykd.distillation.distill import distill
+from pykd.errors import ArtifactError, nearest
+from pykd.io.files import atomic_write
+from pykd.models.students import derive
+from pykd.training.checkpoint import has_checkpoint
+from pykd.training.finetune import finetune
+from pykd.training.held_out import held_out
+from pykd.training.record import add_record
+
+logger = logging.getLogger(__name__)
+
+#: How a student may be trained instead: on labels alone, or by the first teacher directly.
+ARMS = ("labels", "direct")
+INDEX = "chain.json"
+
+#: Options of `derive`, a model to start from, or a function that makes one from the teacher.
+StudentLike = Mapping[str, Any] | nn.Module | Callable[[nn.Module], nn.Module]
+Score = Callable[[nn.Module], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One student trained in one way: by whom, its size, its metrics on the held-out split, and the seconds it took.
+
+    arm: "teacher" (the teacher itself), "chain", "direct" or "labels".
+    """
+
+    student: str
+    arm: str
+    teacher: str
+    parameters: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+@dataclass
+class Chain:
+    """What `distill_chain` made: the students of the chain in their order, and every link and arm that was measured."""
+
+    students: list[nn.Module] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+
+    @property
+    def student(self) -> nn.Module:
+        """The last student of the chain."""
+        return self.students[-1]
+
+    def metrics(self, student: str, arm: str) -> dict[str, float]:
+        """What one student reached in one way. Raises KeyError where that was not trained."""
+        for link in self.links:
+            if (link.student, link.arm) == (student, arm):
+                return link.metrics
+        raise KeyError(f"no {arm!r} arm of student {student!r} was trained")
+
+    def gains(self) -> dict[str, dict[str, dict[str, float]]]:
+        """For each student what the chain gains over every other arm, metric by metric: chain minus arm."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for link in self.links:
+            if link.arm in ARMS:
+                mine = self.metrics(link.student, "chain")
+                gain = {name: mine[name] - value for name, value in link.metrics.items() if name in mine}
+                found.setdefault(link.student, {})[link.arm] = gain
+        return found
+
+    def table(self) -> str:
+        """One line a link, as text with aligned columns."""
+        names = list(dict.fromkeys(name for link in self.links for name in link.metrics))
+        rows = [["student", "arm", "teacher", "parameters", *names, "seconds"]]
+        for link in self.links:
+            values = [f"{link.metrics[name]:.4f}" if name in link.metrics else "-" for name in names]
+            rows.append([link.student, link.arm, link.teacher, f"{link.parameters:,}", *values, f"{link.seconds:.1f}"])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Links and gains as plain values."""
+        return {"links": [asdict(link) for link in self.links], "gains": self.gains()}
+
+
+def distill_chain(
+    teacher: nn.Module,
+    students: Mapping[str, StudentLike] | Sequence[StudentLike],
+    data: DataBundle,
+    *,
+    arms: Sequence[str] = ARMS,
+    score: Score | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Chain:
+    """Distil the teacher into the first student, that one into the next, and so on (Mirzadeh et al. 2020).
+
+    students: by name or in a list, largest first: options of :func:`pykd.models.students.derive`, models of any
+    architecture (which are copied), or functions of the teacher that make one. All are made from the first teacher, so
+    that the arms of a student start from the same weights. arms: which comparisons are trained beside the chain,
+    "labels" (the student on labels alone) and "direct" (by the first teacher, without the assistants; for the first
+    student that is the chain itself). score: metrics of a model, by default loss and accuracy of the held-out split
+    (:func:`pykd.training.held_out.held_out`). options: those of :func:`distill`, the same for all.
+
+    With ``output_dir`` every training keeps its checkpoints in a folder there, and ``chain.json`` holds what is
+    finished: ``resume=True`` goes on where it was interrupted. The record on the last student's ``pykd_report`` has all
+    links and the gains. Raises ValueError for no students and unknown arms, ArtifactError for another chain's folder.
+
+    >>> from pykd.data.bundle import stack
+    >>> items = [{"pixel_values": torch.randn(4), "labels": i % 2} for i in range(16)]
+    >>> data = DataBundle(items, items, stack, ["a", "b"], "noise", fingerprint="noise")
+    >>> chain = distill_chain(nn.Linear(4, 2), {"s1": nn.Linear(4, 2), "s2": nn.Linear(4, 2)}, data, progress=False)
+    >>> [(link.student, link.arm, link.teacher) for link in chain.links][2:]
+    [('s1', 'labels', '-'), ('s2', 'chain', 's1'), ('s2', 'labels', '-'), ('s2', 'direct', 'teacher')]
+    """
+    named = dict(students) if isinstance(students, Mapping) else {f"s{n}": s for n, s in enumerate(students, start=1)}
+    if not named:
+        raise ValueError("distill_chain needs at least one student")
+    for arm in arms:
+        if arm not in ARMS:
+            raise ValueError(nearest("arm", arm, ARMS))
+    score = score or (lambda model: held_out(model, data))
+    run = _Run(teacher, data, score, seed, options, None if output_dir is None else Path(output_dir), named, resume)
+    chain = Chain()
+    chain.links.append(run.measure("teacher", "teacher", "-", lambda _: teacher, None)[0])
+    guide, guide_name = teacher, "teacher"
+    for name, spec in named.items():
+        link, model = run.measure(name, "chain", guide_name, run.by(guide), spec, needed=True)
+        assert model is not None
+        chain.students.append(model)
+        chain.links.append(link)
+        for arm in arms:
+            if arm == "labels":
+                chain.links.append(run.measure(name, arm, "-", run.by(None), spec)[0])
+            elif guide is not teacher:
+                chain.links.append(run.measure(name, arm, "teacher", run.by(teacher), spec)[0])
+        guide, guide_name = model, name
+        logger.info("%s: %s", name, link.metrics)
+    parameters = {"students": list(named), "arms": list(arms)}
+    add_record(chain.student, stage="distill_chain", method=" -> ".join(["teacher", *named]), parameters=parameters,
+               **chain.to_dict())  # fmt: skip
+    return chain
+
+
+class _Run:
+    """What all trainings of a chain share, and what of them is finished."""
+
+    def __init__(
+        self, teacher: nn.Module, data: DataBundle, score: Score, seed: int, options: dict[str, Any],
+        folder: Path | None, students: Mapping[str, StudentLike], resume: bool,
+    ) -> None:  # fmt: skip
+        self.teacher, self.data, self.score, self.seed, self.options = teacher, data, score, seed, options
+        self.folder, self.finished = folder, dict[str, Any]()
+        self._where: dict[str, Any] = {}
+        told = [f"{name}: {spec}" for name, spec in students.items() if isinstance(spec, Mapping)]
+        facts = [fingerprint(teacher), data.fingerprint, seed, list(students), told, sorted(map(str, options.items()))]
+        self.identity = digest(facts)
+        if folder is None:
+            if resume:
+                raise ValueError("resume=True needs output_dir, the folder that the interrupted chain wrote to")
+            return
+        index = folder / INDEX
+        if index.exists():
+            known = json.loads(index.read_text(encoding="utf-8"))
+            if not resume or known["identity"] != self.identity:
+                how = "another chain" if resume else "a chain: continue it with resume=True"
+                raise ArtifactError(f"{folder} already holds {how}; or choose another output_dir")
+            self.finished = known["finished"]
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+
+    def by(self, guide: nn.Module | None) -> Callable[[nn.Module], nn.Module]:
+        """A training by this teacher, or on labels alone, of the student that it is given."""
+
+        def train(student: nn.Module) -> nn.Module:
+            if guide is not None:
+                return distill(student, guide, self.data, seed=self.seed, **self._where, **self.options)
+            known = inspect.signature(finetune).parameters
+            options = {name: value for name, value in self.options.items() if name in known}
+            return finetune(student, self.data, seed=self.seed, **self._where, **options)
+
+        return train
+
+    def measure(
+        self, name: str, arm: str, teacher: str, train: Callable[[Any], nn.Module], spec: StudentLike | None,
+        *, needed: bool = False,
+    ) -> tuple[Link, nn.Module | None]:  # fmt: skip
+        """Train, or take from before, and score; the model where it is ``needed`` or was trained now."""
+        key = f"{name}-{arm}"
+        known = self.finished.get(key)
+        if known is not None and not needed:
+            return Link(**known), None
+        began = time.perf_counter()
+        checkpoints = None if self.folder is None or spec is None else self.folder / key
+        going_on = checkpoints is not None and has_checkpoint(checkpoints)
+        self._where = {"checkpoint_dir": checkpoints, "resume": going_on, "label": key}
+        model = train(None if spec is None else self._make(spec))
+        if known is not None:
+            return Link(**known), model
+        metrics = {metric: float(value) for metric, value in self.score(model).items()}
+        size = sum(p.numel() for p in model.parameters())
+        link = Link(name, arm, teacher, size, metrics, round(time.perf_counter() - began, 3))
+        self.finished[key] = asdict(link)
+        self._write()
+        return link, model
+
+    def _make(self, spec: StudentLike) -> nn.Module:
+        if isinstance(spec, nn.Module):
+            return copy.deepcopy(spec)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return derive(self.teacher, **spec) if isinstance(spec, Mapping) else spec(self.teacher)
+
+    def _write(self) -> None:
+        if self.folder is not None:
+            content = {"identity": self.identity, "finished": self.finished}
+            atomic_write(self.folder / INDEX, json.dumps(content, indent=1) + "\n")

@@ -178,7 +178,7 @@ PYBIND11_MODULE(_C, m) {
       "linear_4bit",
       [](uintptr_t x, int64_t x_stride, uintptr_t packed, uintptr_t codebook, uintptr_t bias, uintptr_t y,
          uintptr_t scratch, int64_t rows, int64_t in_features, int64_t out_features, int64_t group_size, int code,
-         bool rounds, int dtype, int bias_dtype, int threads) {
+         bool rounds, int activation, int dtype, int bias_dtype, int threads) {
         pykd::Linear4bitArgs args{};
         args.x = reinterpret_cast<const void*>(x);
         args.x_stride = x_stride;
@@ -192,6 +192,7 @@ PYBIND11_MODULE(_C, m) {
         args.out_features = out_features;
         args.group_size = group_size;
         args.code = code;
+        args.activation = activation;
         args.dtype = dtype;
         args.bias_dtype = bias_dtype;
         args.threads = threads;
@@ -204,10 +205,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "linear_8bit",
       [](uintptr_t x, int64_t x_stride, uintptr_t packed, uintptr_t bias, uintptr_t y, uintptr_t scratch, int64_t rows,
-         int64_t in_features, int64_t out_features, bool rounds, int dtype, int bias_dtype, int threads) {
+         int64_t in_features, int64_t out_features, bool rounds, int activation, int dtype, int bias_dtype,
+         int threads) {
         pykd::table().linear_8bit({address<void>(x), x_stride, address<uint8_t>(packed), address<void>(bias),
                                    address<void>(y), address<float>(scratch), rows, in_features, out_features, rounds,
-                                   dtype, bias_dtype, threads});
+                                   activation, dtype, bias_dtype, threads});
       },
       py::call_guard<py::gil_scoped_release>(),
       "y = x W^T + bias for a weight in layout int8_r16: see Linear8bitArgs.");

@@ -57,6 +57,9 @@ struct KlDivTopkArgs {
   int threads;
 };
 
+// Codes of activation functions, the same as ACTIVATIONS in pykd/ops/activation.py.
+enum Activation : int { kNoActivation = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4 };
+
 // 4-bit codes, the same as CODES in pykd/ops/int4_r16.py.
 enum Code4 : int { kInt4 = 0, kUint4 = 1, kCodebook4 = 2 };
 
@@ -79,6 +82,7 @@ struct Linear4bitArgs {
   float* scratch;         // [n, padded_k], rounded: [n, padded_k / 4 + 3 * folds], n = min(rows, kLinear4bitRows)
   int64_t rows, in_features, out_features, group_size;
   int code;               // Code4
+  int activation;         // Activation, of the result
   int dtype, bias_dtype;  // DType
   int threads;
 };
@@ -100,6 +104,7 @@ struct Linear8bitArgs {
                           // [n, 1 + k / 4] where activations are rounded, else [n, k]
   int64_t rows, in_features, out_features;  // in_features at most kLinear8bitFeatures
   int rounds;             // 1: activations are rounded to int8 with a scale per row (w8a8); 0: they are kept (w8a16)
+  int activation;         // Activation, of the result
   int dtype, bias_dtype;  // DType
   int threads;
 };

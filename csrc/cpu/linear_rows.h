@@ -1,6 +1,7 @@
 // What linear layers over packed weights share: rows spread over panels, the float32 register tile, and the way out.
 #pragma once
 
+#include "cpu/activation.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 #include "ops.h"
@@ -102,7 +103,7 @@ float bias_at(const Args& a, int64_t i) {
   return to_float(static_cast<const F16*>(a.bias)[i]);
 }
 
-// total[rows][Outputs] + bias -> y[row ...][first ...]
+// activation of total[rows][Outputs] + bias -> y[row ...][first ...]
 template <class T, int Outputs, class Args>
 void write_out(const Args& a, const float* total, int64_t first, int64_t row, int rows) {
   const int64_t left = a.out_features - first;
@@ -112,9 +113,10 @@ void write_out(const Args& a, const float* total, int64_t first, int64_t row, in
   for (int m = 0; m < rows; ++m, total += Outputs) {
     T* y = static_cast<T*>(a.y) + (row + m) * a.out_features + first;
     int i = 0;
-    for (; i + kWidth <= count; i += kWidth) store(y + i, add(load(total + i), load(bias + i)));
+    for (; i + kWidth <= count; i += kWidth) store(y + i, activate(add(load(total + i), load(bias + i)), a.activation));
     if (i < count)
-      store_n(y + i, add(load_n(total + i, count - i, 0.0f), load_n(bias + i, count - i, 0.0f)), count - i);
+      store_n(y + i, activate(add(load_n(total + i, count - i, 0.0f), load_n(bias + i, count - i, 0.0f)), a.activation),
+              count - i);
   }
 }
 

@@ -301,13 +301,14 @@ PYKD_INLINE float reduce_max(F32 x) {
   return best;
 }
 
-// exp(x) for x <= 88.7, to about 1 ulp; exact 0 below -104 (subnormal results are kept), 0 for -inf, NaN for NaN.
+// e^(x + rest) for x + rest <= 88.7 and a rest that x + rest may swallow, to about 1 ulp; exact 0 for x below -104
+// (subnormal results are kept), 0 for -inf, NaN for NaN.
 // Cephes' range reduction (n = round(x / ln 2), two-part ln 2) and a degree-6 polynomial on [-ln 2 / 2, ln 2 / 2].
-PYKD_INLINE F32 exp(F32 x) {
+PYKD_INLINE F32 exp(F32 x, F32 rest) {
   const F32 low = set1(-104.0f);
   const F32 clamped = max(low, x);  // max returns its second argument for NaN, which must survive
-  const F32 n = round_even(mul(clamped, set1(1.44269504088896341f)));
-  F32 r = fnma(n, set1(0.693359375f), clamped);
+  const F32 n = round_even(mul(add(clamped, rest), set1(1.44269504088896341f)));
+  F32 r = add(fnma(n, set1(0.693359375f), clamped), rest);
   r = fnma(n, set1(-2.12194440e-4f), r);
   F32 p = set1(1.9875691500e-4f);
   p = fma(p, r, set1(1.3981999507e-3f));
@@ -318,6 +319,7 @@ PYKD_INLINE F32 exp(F32 x) {
   p = fma(mul(r, r), p, add(r, set1(1.0f)));
   return select(less(x, low), set1(0.0f), scale_by_power(p, n));
 }
+PYKD_INLINE F32 exp(F32 x) { return exp(x, set1(0.0f)); }
 
 // e^(x * scale) for x <= 0 and a fixed scale > 0, to about 1 ulp for any scale: softmax with a temperature.
 // x * scale * log2(e) = n - r is formed with fused multiply-adds from a two-float constant, so the product is never

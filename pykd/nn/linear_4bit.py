@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pykd.errors import nearest
+from pykd.nn.activation import followed_by
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.nn.compressed import CompressedModule
+from pykd.ops.activation import check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import native
 from pykd.ops.int4_r16 import (
@@ -68,6 +70,7 @@ class Weight4bit(CompressedModule):
     bitmask: Tensor
     qvalues: Tensor
     bias: nn.Parameter | None
+    activation: str | None = None
     #: Whether the weight is multiplied with: else its codes stay a row each, as a lookup wants them.
     multiplies = True
 
@@ -137,6 +140,7 @@ class Weight4bit(CompressedModule):
             "code": self.code,
             "group_size": self.group_size,
             "inputs": self.inputs,
+            "activation": self.activation,
         }
         packed = self._buffers.get("packed")
         if packed is not None:
@@ -227,15 +231,29 @@ class Linear4bit(Weight4bit):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, scheme: str, group_size: int | None = 32, symmetric: bool = True
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: str,
+        group_size: int | None = 32,
+        symmetric: bool = True,
+        *,
+        activation: str | None = None,
     ) -> None:
+        check_activation(activation)
         super().__init__(out_features, in_features, scheme, group_size, symmetric)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.register_parameter("bias", None)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, scheme: str = "w4a16", group_size: int | None = 32, symmetric: bool = True
+        cls,
+        linear: nn.Linear,
+        *,
+        scheme: str = "w4a16",
+        group_size: int | None = 32,
+        symmetric: bool = True,
+        activation: str | None = None,
     ) -> Self:
         """Quantize a linear layer by plain rounding (`pykd.nn.codecs.four_bit.quantize_4bit`).
 
@@ -245,8 +263,9 @@ class Linear4bit(Weight4bit):
                 scale per row and group.
             group_size: inputs that share a scale; None is the whole row.
             symmetric: for w4a16 and w4a8: False stores an integer zero point per group.
+            activation: "gelu", "gelu_tanh", "silu" or "relu", to apply to the result in the same call; None is none.
         """
-        layer = cls(linear.in_features, linear.out_features, scheme, group_size, symmetric)
+        layer = cls(linear.in_features, linear.out_features, scheme, group_size, symmetric, activation=activation)
         return layer._fill(linear, quantize_4bit(linear.weight, code=layer.code, group_size=layer.group_size))
 
     @classmethod
@@ -258,6 +277,7 @@ class Linear4bit(Weight4bit):
         scheme: str = "w4a16",
         group_size: int | None = 32,
         symmetric: bool = True,
+        activation: str | None = None,
     ) -> Self:
         """The layer with codes that were chosen elsewhere, and the bias of `linear`.
 
@@ -268,7 +288,8 @@ class Linear4bit(Weight4bit):
         >>> tensors = quantize_4bit(linear.weight, code="nf4", group_size=32)
         >>> layer = Linear4bit.from_codes(linear, tensors, scheme="nf4", group_size=32)
         """
-        return cls(linear.in_features, linear.out_features, scheme, group_size, symmetric)._fill(linear, tensors)
+        layer = cls(linear.in_features, linear.out_features, scheme, group_size, symmetric, activation=activation)
+        return layer._fill(linear, tensors)
 
     def _fill(self, linear: nn.Linear, tensors: FourBit) -> Self:
         self._take(tensors, linear.weight.dtype)
@@ -279,12 +300,13 @@ class Linear4bit(Weight4bit):
 
     def spec(self) -> dict[str, Any]:
         sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
-        return {"type": "Linear4bit", **sizes, **self._spec()}
+        activation = {} if self.activation is None else {"activation": self.activation}
+        return {"type": "Linear4bit", **sizes, **self._spec(), **activation}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
         names = ("in_features", "out_features", "scheme", "group_size", "symmetric")
-        layer = cls(*(spec[name] for name in names))
+        layer = cls(*(spec[name] for name in names), activation=spec.get("activation"))
         layer._register_empty(spec, device)
         if spec["bias"]:
             layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))
@@ -293,11 +315,11 @@ class Linear4bit(Weight4bit):
     def dequantize(self) -> Tensor:
         return self._matrix()
 
-    def to_dense(self) -> nn.Linear:
-        return self.to_linear()
+    def to_dense(self) -> nn.Module:
+        return followed_by(self.to_linear(), self.activation)
 
     def to_linear(self) -> nn.Linear:
-        """The ordinary linear layer with the dequantized weight; shares the bias."""
+        """The ordinary linear layer with the dequantized weight, without an activation; shares the bias."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
         dense.weight = nn.Parameter(self.dequantize())
         dense.register_parameter("bias", self.bias)
@@ -311,4 +333,5 @@ class Linear4bit(Weight4bit):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme}, group_size={self.group_size}{'' if self.symmetric else ', asymmetric'}{kept}"
+            f"{'' if self.activation is None else f', activation={self.activation}'}"
         )

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pykd.errors import nearest
+from pykd.nn.activation import followed_by
 from pykd.nn.codecs.eight_bit import EightBit, dequantize_8bit, quantize_8bit
 from pykd.nn.compressed import CompressedModule
+from pykd.ops.activation import activate, check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import native
 from pykd.ops.int4_r16 import groups_of
@@ -36,6 +38,7 @@ class Weight8bit(CompressedModule):
     qvalues: Tensor
     scales: Tensor
     bias: nn.Parameter | None
+    activation: str | None = None
     #: Whether the weight is multiplied with: else its codes stay a row each, as a lookup wants them.
     multiplies = True
 
@@ -85,11 +88,13 @@ class Weight8bit(CompressedModule):
         if self.group_size is not None:
             wide = torch.promote_types(x.dtype, torch.float32)
             weight = dequantize_8bit(self._tensors(), group_size=self.group_size).to(wide)
-            return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
+            y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
+            return activate(y, self.activation).to(x.dtype)
+        options: dict[str, Any] = {"bias": bias, "scheme": self.scheme, "activation": self.activation}
         packed = self._buffers.get("packed")
         if packed is not None:
-            return linear_8bit(x, packed, bias=bias, scheme=self.scheme, out_features=self.rows)
-        return linear_8bit(x, *self._tensors(), bias=bias, scheme=self.scheme)
+            return linear_8bit(x, packed, out_features=self.rows, **options)
+        return linear_8bit(x, *self._tensors(), **options)
 
     def _tensors(self) -> EightBit:
         """The dense codes and scales, made from whatever is registered."""
@@ -143,14 +148,28 @@ class Linear8bit(Weight8bit):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, scheme: str = "w8a8", group_size: int | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: str = "w8a8",
+        group_size: int | None = None,
+        *,
+        activation: str | None = None,
     ) -> None:
+        check_activation(activation)
         super().__init__(out_features, in_features, scheme, group_size)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, scheme: str = "w8a8", group_size: int | None = None) -> Self:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        scheme: str = "w8a8",
+        group_size: int | None = None,
+        activation: str | None = None,
+    ) -> Self:
         """Quantize a linear layer by rounding each row to its largest magnitude / 127; the bias is shared.
 
         Args:
@@ -158,10 +177,11 @@ class Linear8bit(Weight8bit):
             group_size: "w8a16" only: so many inputs share a scale. Closer to the dense layer and as small, but not
                 faster: see `Weight8bit`. For a whole model ``quantize(model, lambda layer, group_size:
                 Linear8bit.from_linear(layer, scheme="w8a16", group_size=group_size))``.
+            activation: "gelu", "gelu_tanh", "silu" or "relu", to apply to the result in the same call; None is none.
 
         Raises ValueError for a group size with "w8a8", or below 1.
         """
-        layer = cls(linear.in_features, linear.out_features, scheme, group_size)
+        layer = cls(linear.in_features, linear.out_features, scheme, group_size, activation=activation)
         layer._quantize(linear.weight)
         layer.bias = linear.bias
         layer.train(linear.training)
@@ -170,11 +190,13 @@ class Linear8bit(Weight8bit):
 
     def spec(self) -> dict[str, Any]:
         sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
-        return {"type": "Linear8bit", **sizes, **self._spec()}
+        activation = {} if self.activation is None else {"activation": self.activation}
+        return {"type": "Linear8bit", **sizes, **self._spec(), **activation}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
-        layer = cls(spec["in_features"], spec["out_features"], spec["scheme"], spec.get("group_size"))
+        sizes = spec["in_features"], spec["out_features"]
+        layer = cls(*sizes, spec["scheme"], spec.get("group_size"), activation=spec.get("activation"))
         layer._register_empty(spec, device)
         if spec["bias"]:
             layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))
@@ -183,11 +205,11 @@ class Linear8bit(Weight8bit):
     def dequantize(self) -> Tensor:
         return self._matrix()
 
-    def to_dense(self) -> nn.Linear:
-        return self.to_linear()
+    def to_dense(self) -> nn.Module:
+        return followed_by(self.to_linear(), self.activation)
 
     def to_linear(self) -> nn.Linear:
-        """The ordinary linear layer with the dequantized weight; shares the bias."""
+        """The ordinary linear layer with the dequantized weight, without an activation; shares the bias."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
         dense.weight = nn.Parameter(self.dequantize())
         dense.register_parameter("bias", self.bias)
@@ -200,4 +222,5 @@ class Linear8bit(Weight8bit):
         kept = "" if self.nnz is None else f", kept={self.nnz / (self.rows * self.columns):.3f}"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
-        return f"{sizes}, bias={self.bias is not None}, scheme={self.scheme}{groups}{kept}"
+        activation = "" if self.activation is None else f", activation={self.activation}"
+        return f"{sizes}, bias={self.bias is not None}, scheme={self.scheme}{groups}{kept}{activation}"

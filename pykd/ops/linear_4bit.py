@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pykd.errors import nearest
+from pykd.ops.activation import ACTIVATIONS, activate, activation_gradient, check_activation
 from pykd.ops.dispatch import (
     DTYPE_CODES,
     TABLE,
@@ -48,7 +49,7 @@ INPUTS: dict[str, bool] = {"keep": False, "int8": True}
 
 lib.define(  # type: ignore[no-untyped-call]
     "linear_4bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor? bias, str code, "
-    "int out_features, int group_size, str inputs='keep') -> Tensor"
+    "int out_features, int group_size, str inputs='keep', str? activation=None) -> Tensor"
 )
 lib.define(  # type: ignore[no-untyped-call]
     "dequantize_4bit(Tensor qweight, Tensor? scales, Tensor? zeros, str code, int out_features, int in_features, "
@@ -85,12 +86,14 @@ def linear_4bit_reference(
     code: str,
     group_size: int,
     inputs: str = "keep",
+    activation: str | None = None,
 ) -> Tensor:
-    """x W^T + bias in float32 (float64 for float64 x) with the dequantized weight; the result in x's dtype."""
+    """activation(x W^T + bias) in float32 (or float64, as x) with the dequantized weight; the result in x's dtype."""
     weight = dequantize(qweight, scales, zeros, code=code, in_features=x.shape[-1], group_size=group_size)
     wide = torch.promote_types(x.dtype, torch.float32)
     value = _rounded(x, group_size) if INPUTS[inputs] else x.to(wide)
-    return F.linear(value, weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+    y = F.linear(value, weight.to(wide), None if bias is None else bias.to(wide))
+    return activate(y, activation).to(x.dtype)
 
 
 def linear_4bit(
@@ -104,8 +107,9 @@ def linear_4bit(
     out_features: int | None = None,
     group_size: int = 32,
     inputs: str = "keep",
+    activation: str | None = None,
 ) -> Tensor:
-    """y = x W^T + bias over a group-wise 4-bit weight (W4A16, W4A8; NF4: Dettmers et al. 2023, QLoRA).
+    """y = activation(x W^T + bias) over a group-wise 4-bit weight (W4A16, W4A8; NF4: Dettmers et al. 2023, QLoRA).
 
     int4: W = (q - 8) * scale; uint4: (q - zero) * scale; nf4 and fp4: table[q] * scale, one scale per group of
     `group_size` consecutive inputs of a row. With `inputs="keep"` the weight is dequantized exactly and products are
@@ -126,6 +130,7 @@ def linear_4bit(
         out_features: needed with the CPU layout only.
         group_size: at least 1; a group longer than the row is the whole row. It need not divide in_features.
         inputs: "keep", or "int8" with "int4" and "uint4": rounded inside the call, with a scale per row and group.
+        activation: "gelu", "gelu_tanh", "silu", "relu" or None: applied before the result is rounded to x's dtype.
 
     Returns [..., out_features]; with int8 inputs, NaN for a row of x that holds NaN or infinity. Differentiable in x
     and bias; the weight is a constant. The gradient to x is that of the dequantized weight (straight through the
@@ -139,9 +144,9 @@ def linear_4bit(
     """
     out = qweight.shape[0] if out_features is None else out_features
     _check(x, qweight, scales, zeros, bias, code, out, group_size, inputs)
-    if skips_dispatcher(x, bias):
-        return _cpu(x, qweight, scales, zeros, bias, code, out, group_size, inputs)
-    result: Tensor = torch.ops.pykd.linear_4bit(x, qweight, scales, zeros, bias, code, out, group_size, inputs)
+    check_activation(activation)
+    call = _cpu if skips_dispatcher(x, bias) else torch.ops.pykd.linear_4bit
+    result: Tensor = call(x, qweight, scales, zeros, bias, code, out, group_size, inputs, activation)
     return result
 
 
@@ -196,12 +201,13 @@ def _reference(
     out_features: int,
     group_size: int,
     inputs: str = "keep",
+    activation: str | None = None,
 ) -> Tensor:
     if scales is None:
         qweight, scales, zeros = unpack_r16(
             qweight, out_features=out_features, in_features=x.shape[-1], group_size=group_size, code=code
         )
-    return linear_4bit_reference(x, qweight, scales, zeros, bias, code, group_size, inputs)
+    return linear_4bit_reference(x, qweight, scales, zeros, bias, code, group_size, inputs, activation)
 
 
 @functools.cache
@@ -226,9 +232,10 @@ def _cpu(
     out_features: int,
     group_size: int,
     inputs: str = "keep",
+    activation: str | None = None,
 ) -> Tensor:
     if native is None or scales is not None or x.dtype not in DTYPE_CODES:
-        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs)
+        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs, activation)
     features = x.shape[-1]
     flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, features).contiguous()
     rows = flat.shape[0]
@@ -251,6 +258,7 @@ def _cpu(
         group_size,
         code_number(code),
         INPUTS[inputs],
+        ACTIVATIONS[activation],
         DTYPE_CODES[x.dtype],
         0 if bias is None else DTYPE_CODES[bias.dtype],
         num_threads(),
@@ -269,13 +277,16 @@ def _cuda(
     out_features: int,
     group_size: int,
     inputs: str = "keep",
+    activation: str | None = None,
 ) -> Tensor:
     library = cuda_library()
     if scales is None or x.dtype not in DTYPE_CODES or not (library or triton_available()):
-        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs)
+        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs, activation)
     if INPUTS[inputs]:
         value = _rounded(x, group_size)
-        return _cuda(value, qweight, scales, zeros, bias, code, out_features, group_size).to(x.dtype)
+        return _cuda(value, qweight, scales, zeros, bias, code, out_features, group_size, activation=activation).to(
+            x.dtype
+        )
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     qweight, scales, zeros = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
@@ -287,7 +298,7 @@ def _cuda(
         y: Tensor = kernel.linear_4bit(flat, qweight, scales, zeros, table, bias, code=code, group_size=group_size)
     else:
         y = _launch(library, flat, qweight, scales, zeros, table, bias, code, group_size)
-    return y.view(*x.shape[:-1], out_features)
+    return activate(y.view(*x.shape[:-1], out_features), activation)
 
 
 def _launch(
@@ -330,6 +341,7 @@ def _fake(
     out_features: int,
     group_size: int,
     inputs: str = "keep",
+    activation: str | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -366,22 +378,31 @@ def _fake_dequantize(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scales, zeros, bias, code, out_features, group_size, _ = inputs
-    ctx.save_for_backward(qweight, scales, zeros)
-    ctx.options = code, out_features, x.shape[-1], group_size
+    x, qweight, scales, zeros, bias, *options, activation = inputs
+    ctx.save_for_backward(qweight, scales, zeros, *(() if activation is None else (x, bias)))
+    ctx.options, ctx.activation, ctx.in_features = options, activation, x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dx = dy W with the dequantized weight; db = sum of dy over rows. The weight is frozen."""
+    """dx = dy W with the dequantized weight; db = sum of dy over rows. The weight is frozen.
+
+    With an activation, what it was applied to is computed again.
+    """
     dx = db = None
+    qweight, scales, zeros, *inputs = ctx.saved_tensors
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    if ctx.activation is not None:
+        x, bias = inputs
+        sums = torch.ops.pykd.linear_4bit(x.to(wide.dtype), qweight, scales, zeros, bias, *ctx.options)
+        wide = activation_gradient(wide, sums, ctx.activation)
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.pykd.dequantize_4bit(*ctx.saved_tensors, *ctx.options)
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        dx = torch.matmul(grad.to(wide), weight.to(wide)).to(grad.dtype)
+        code, out_features, group_size, _ = ctx.options
+        weight = torch.ops.pykd.dequantize_4bit(qweight, scales, zeros, code, out_features, ctx.in_features, group_size)
+        dx = torch.matmul(wide, weight.to(wide.dtype)).to(grad.dtype)
     if ctx.needs_input_grad[4]:
-        db = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return dx, None, None, None, db, None, None, None, None
+        db = wide.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return dx, None, None, None, db, None, None, None, None, None
 
 
 torch.library.register_autograd("pykd::linear_4bit", _backward, setup_context=_setup_context, lib=lib)

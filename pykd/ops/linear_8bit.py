@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pykd.errors import nearest
+from pykd.ops.activation import ACTIVATIONS, activate, activation_gradient, check_activation
 from pykd.ops.dispatch import DTYPE_CODES, TABLE, Route, lib, native, num_threads, skips_dispatcher
 from pykd.ops.int8_r16 import packed_bytes, unpack_r16
 
@@ -32,7 +33,8 @@ SCHEMES_8BIT: dict[str, bool] = {"w8a8": True, "w8a16": False}
 MOST_FEATURES: int = native.linear_8bit_features if native is not None else 0
 
 lib.define(  # type: ignore[no-untyped-call]
-    "linear_8bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? bias, str scheme, int out_features) -> Tensor"
+    "linear_8bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? bias, str scheme, int out_features, "
+    "str? activation=None) -> Tensor"
 )
 lib.define(  # type: ignore[no-untyped-call]
     "dequantize_8bit(Tensor qweight, Tensor? scales, int out_features, int in_features) -> Tensor"
@@ -51,17 +53,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / safe).nan_to_num().round().clamp(-127, 127).to(torch.int8), scales
 
 
-def linear_8bit_reference(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
-    """(x_q W_q^T) * x_scale * scale + bias over the rows of x, the integers multiplied as float32.
+def linear_8bit_reference(
+    x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, scheme: str, activation: str | None = None
+) -> Tensor:
+    """activation((x_q W_q^T) * x_scale * scale + bias) over the rows of x, the integers multiplied as float32.
 
-    w8a16: x (W_q * scale)^T + bias in float32 (float64 for float64 x); the result in x's dtype.
+    w8a16: activation(x (W_q * scale)^T + bias) in float32 (float64 for float64 x); the result in x's dtype.
     """
     if SCHEMES_8BIT[scheme]:
         codes, row_scales = quantize_rows(x)
-        return _finish(F.linear(codes.float(), qweight.float()), row_scales, scales, bias, x.dtype)
+        return _finish(F.linear(codes.float(), qweight.float()), row_scales, scales, bias, activation).to(x.dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = dequantize_8bit(qweight, scales, *qweight.shape).to(wide)
-    return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
+    y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
+    return activate(y, activation).to(x.dtype)
 
 
 def linear_8bit(
@@ -72,8 +77,9 @@ def linear_8bit(
     bias: Tensor | None = None,
     scheme: str = "w8a8",
     out_features: int | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """y = x W^T + bias with W = q * scale, int8 q and a scale per output (W8A8: dynamic, per token; or W8A16).
+    """y = activation(x W^T + bias) with W = q * scale, int8 q and a scale per output (W8A8, dynamic, per token; W8A16).
 
     w8a8: y = (sum_k x_q q) * x_scale * scale + bias, with x_scale = absmax / 127 of the row of x and x_q = x / x_scale,
     to the nearest integer, ties to even. The native kernel's sums are exact; the reference's to what float32 holds.
@@ -87,6 +93,7 @@ def linear_8bit(
         bias: [out_features], floating point.
         scheme: "w8a8" or "w8a16".
         out_features: needed with the CPU layout only.
+        activation: "gelu", "gelu_tanh", "silu", "relu" or None: applied before the result is rounded to x's dtype.
 
     Returns [..., out_features] in x's dtype; for w8a8, NaN for a row of x that holds NaN or infinity. Differentiable in
     x and bias: the gradient to x is the one of the dequantized weight (straight through the rounding of x). Raises
@@ -98,9 +105,9 @@ def linear_8bit(
     """
     out = qweight.shape[0] if out_features is None else out_features
     _check(x, qweight, scales, bias, scheme, out)
-    if skips_dispatcher(x, bias):
-        return _cpu(x, qweight, scales, bias, scheme, out)
-    result: Tensor = torch.ops.pykd.linear_8bit(x, qweight, scales, bias, scheme, out)
+    check_activation(activation)
+    call = _cpu if skips_dispatcher(x, bias) else torch.ops.pykd.linear_8bit
+    result: Tensor = call(x, qweight, scales, bias, scheme, out, activation)
     return result
 
 
@@ -132,27 +139,39 @@ def _check(x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | Non
         raise ValueError(f"scales and bias must have shape [{out}], one per output")
 
 
-def _finish(sums: Tensor, row_scales: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _finish(sums: Tensor, row_scales: Tensor, scales: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y = sums.float() * row_scales * scales
-    return (y if bias is None else y + bias.float()).to(dtype)
+    return activate(y if bias is None else y + bias.float(), activation)
 
 
 @torch.library.impl(lib, "linear_8bit", "CompositeExplicitAutograd")
 def _reference(
-    x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out_features: int
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_features: int,
+    activation: str | None = None,
 ) -> Tensor:
     if scales is None:
         qweight, scales = unpack_r16(qweight, out_features=out_features, in_features=x.shape[-1])
-    y = linear_8bit_reference(x.reshape(-1, x.shape[-1]), qweight, scales, bias, scheme)
+    y = linear_8bit_reference(x.reshape(-1, x.shape[-1]), qweight, scales, bias, scheme, activation)
     return y.view(*x.shape[:-1], out_features)
 
 
 @torch.library.impl(lib, "linear_8bit", "CPU")
 def _cpu(
-    x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out_features: int
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_features: int,
+    activation: str | None = None,
 ) -> Tensor:
     if native is None or scales is not None or x.dtype not in DTYPE_CODES:
-        return _reference(x, qweight, scales, bias, scheme, out_features)
+        return _reference(x, qweight, scales, bias, scheme, out_features, activation)
     features = x.shape[-1]
     flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, features).contiguous()
     packed, rows, rounds = qweight.contiguous(), flat.shape[0], SCHEMES_8BIT[scheme]
@@ -172,6 +191,7 @@ def _cpu(
         features,
         out_features,
         rounds,
+        ACTIVATIONS[activation],
         DTYPE_CODES[x.dtype],
         0 if bias is None else DTYPE_CODES[bias.dtype],
         num_threads(),
@@ -181,12 +201,18 @@ def _cpu(
 
 @torch.library.impl(lib, "linear_8bit", "CUDA")
 def _cuda(
-    x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out_features: int
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_features: int,
+    activation: str | None = None,
 ) -> Tensor:
     if scales is None or not SCHEMES_8BIT[scheme]:
-        return _reference(x, qweight, scales, bias, scheme, out_features)
+        return _reference(x, qweight, scales, bias, scheme, out_features, activation)
     codes, row_scales = quantize_rows(x.reshape(-1, x.shape[-1]))
-    y = _finish(_int_mm(codes, qweight), row_scales, scales, bias, x.dtype)
+    y = _finish(_int_mm(codes, qweight), row_scales, scales, bias, activation).to(x.dtype)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -202,7 +228,13 @@ def _int_mm(codes: Tensor, qweight: Tensor) -> Tensor:
 
 @torch.library.register_fake("pykd::linear_8bit", lib=lib)  # type: ignore[untyped-decorator]
 def _fake(
-    x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out_features: int
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_features: int,
+    activation: str | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -221,22 +253,30 @@ def _fake_dequantize(qweight: Tensor, scales: Tensor | None, out_features: int, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scales, bias, _, out_features = inputs
-    ctx.save_for_backward(qweight, scales)
-    ctx.sizes = out_features, x.shape[-1]
+    x, qweight, scales, bias, scheme, out_features, activation = inputs
+    ctx.save_for_backward(qweight, scales, *(() if activation is None else (x, bias)))
+    ctx.options, ctx.activation, ctx.in_features = (scheme, out_features), activation, x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dx = dy W with the dequantized weight; db = sum of dy over rows. The weight is frozen."""
+    """dx = dy W with the dequantized weight; db = sum of dy over rows. The weight is frozen.
+
+    With an activation, what it was applied to is computed again.
+    """
     dx = db = None
+    qweight, scales, *inputs = ctx.saved_tensors
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    if ctx.activation is not None:
+        x, bias = inputs
+        sums = torch.ops.pykd.linear_8bit(x.to(wide.dtype), qweight, scales, bias, *ctx.options)
+        wide = activation_gradient(wide, sums, ctx.activation)
     if ctx.needs_input_grad[0]:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        weight = torch.ops.pykd.dequantize_8bit(*ctx.saved_tensors, *ctx.sizes)
-        dx = torch.matmul(grad.to(wide), weight.to(wide)).to(grad.dtype)
+        weight = torch.ops.pykd.dequantize_8bit(qweight, scales, ctx.options[1], ctx.in_features)
+        dx = torch.matmul(wide, weight.to(wide.dtype)).to(grad.dtype)
     if ctx.needs_input_grad[3]:
-        db = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return dx, None, None, db, None, None
+        db = wide.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return dx, None, None, db, None, None, None
 
 
 torch.library.register_autograd("pykd::linear_8bit", _backward, setup_context=_setup_context, lib=lib)

@@ -119,6 +119,7 @@ void run_case(Group& group, Random& random, const Weight& weight, Linear4bitArgs
         want += term;
         size += std::fabs(term);
       }
+      if (args.activation == pykd::kSilu) want /= 1 + std::exp(-want);  // whose slope is at most 1.1
       group.near("y", m * out + i, decode(y.data(), m * out + i, args.dtype), want,
                  2e-6 * size + epsilon_of(args.dtype) * std::fabs(want) + tiny_of(args.dtype));
     }
@@ -151,6 +152,7 @@ void linear_4bit(const std::string& level) {
         args.group_size = shape.group;
         args.x_stride = shape.in + random.below(3);
         args.code = code;
+        args.activation = random.chance(0.3) ? pykd::kSilu : pykd::kNoActivation;
         args.dtype = dtype;
         args.bias_dtype = static_cast<int>(random.below(3));
         args.threads = static_cast<int>(1 + random.below(2));

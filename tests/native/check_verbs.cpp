@@ -102,6 +102,27 @@ void logarithms(Group& group, const pykd::Verbs& v, const std::vector<float>& x,
   group.intact({&above, &below, &to});
 }
 
+void activations(const pykd::Verbs& v, const std::string& level) {
+  Group group(level + " gelu, gelu_tanh, silu, relu");
+  Random random(2);
+  std::vector<float> x = {0.0f, kInfinity, -kInfinity, kNan, 1e30f, -1e30f, 1e-30f, -1e-30f, -20.0f, 20.0f, 3e-45f};
+  for (int i = 0; i < 9000; ++i) x.push_back(static_cast<float>(random.uniform() * 27 - 13.5));
+  unary(
+      group, "gelu", x, 8.0, [&](const float* a, int64_t n, float* y) { v.unary(Unary::kGelu, a, n, y); },
+      [](double a) { return a * 0.5 * std::erfc(-a * std::sqrt(0.5)); });
+  unary(
+      group, "silu", x, 4.0, [&](const float* a, int64_t n, float* y) { v.unary(Unary::kSilu, a, n, y); },
+      [](double a) { return a / (1 + std::exp(-a)); });
+  unary(
+      group, "relu", x, 0.0, [&](const float* a, int64_t n, float* y) { v.unary(Unary::kRelu, a, n, y); },
+      [](double a) { return a < 0 ? 0.0 : a; });
+  x = {0.0f, kInfinity, kNan, 1e30f, 1e-30f};
+  for (int i = 0; i < 9000; ++i) x.push_back(static_cast<float>(random.uniform() * 25 - 5));
+  unary(  // the exponential magnifies the rounding of its argument, which is -17 at x = -5
+      group, "gelu_tanh", x, 40.0, [&](const float* a, int64_t n, float* y) { v.unary(Unary::kGeluTanh, a, n, y); },
+      [](double a) { return a / (1 + std::exp(-2 * std::sqrt(2 / std::acos(-1.0)) * (a + 0.044715 * a * a * a))); });
+}
+
 void functions(const pykd::Verbs& v, const std::string& level) {
   Group group(level + " exp, log, round_even, reductions");
   Random random(1);
@@ -216,6 +237,7 @@ void verbs(const std::string& level) {
   const pykd::Verbs v = verbs_of(level);
   conversions(v, level);
   functions(v, level);
+  activations(v, level);
   arithmetic(v, level);
 }
 

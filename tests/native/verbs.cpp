@@ -1,5 +1,6 @@
 #include "verbs.h"
 
+#include "cpu/activation.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
 
@@ -39,6 +40,14 @@ void unary(Unary verb, const float* x, int64_t count, float* y) {
       return map(x, count, y, [](F32 v) { return exp(v); });
     case Unary::kRoundEven:
       return map(x, count, y, [](F32 v) { return round_even(v); });
+    case Unary::kGelu:
+      return map(x, count, y, [](F32 v) { return activate(v, kGelu); });
+    case Unary::kGeluTanh:
+      return map(x, count, y, [](F32 v) { return activate(v, kGeluTanh); });
+    case Unary::kSilu:
+      return map(x, count, y, [](F32 v) { return activate(v, kSilu); });
+    case Unary::kRelu:
+      return map(x, count, y, [](F32 v) { return activate(v, kRelu); });
   }
 }
 

@@ -6,7 +6,7 @@
 
 namespace pykd {
 
-enum class Unary { kCopy, kExp, kRoundEven };
+enum class Unary { kCopy, kExp, kRoundEven, kGelu, kGeluTanh, kSilu, kRelu };
 enum class Binary {
   kAdd,
   kSub,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,25 @@ def test_a_damaged_bitmask_is_an_error() -> None:
     state["bitmask"] = state["bitmask"] ^ 1
     with pytest.raises(ValueError, match=r"bitmask keeps \d+ weights but qvalues holds \d+: the tensors are damaged"):
         Linear4bit.from_spec(compressed.spec()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+def test_an_activation_in_the_same_call(activation: str) -> None:
+    linear, plain = layer({})
+    fused = Linear4bit.from_linear(linear, activation=activation)
+    codes = quantize_4bit(linear.weight)
+    taken = Linear4bit.from_codes(linear, codes, activation=activation)
+    x = torch.randn(3, 5, 67)
+    dense = fused.to_dense()
+    torch.testing.assert_close(fused(x), dense(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dense[0](x), plain(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(taken(x), fused(x)) and torch.equal(fused.to_linear().weight, plain.weight)
+    assert fused.spec() == {**plain.spec(), "activation": activation} and f"activation={activation}" in repr(fused)
+    again = COMPRESSED["Linear4bit"].from_spec(json.loads(json.dumps(fused.spec())))
+    again.load_state_dict(fused.state_dict())
+    assert torch.equal(copy.deepcopy(again)(x), fused(x))
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown activation 'gelo': did you mean 'gelu'"):
+        Linear4bit.from_linear(nn.Linear(8, 8), activation="gelo")

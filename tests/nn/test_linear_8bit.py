@@ -166,3 +166,25 @@ def test_a_damaged_bitmask_is_an_error() -> None:
     state["bitmask"] = state["bitmask"] ^ 1
     with pytest.raises(ValueError, match=r"bitmask keeps \d+ weights but qvalues holds \d+: the tensors are damaged"):
         Linear8bit.from_spec(compressed.spec()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES_8BIT)
+def test_an_activation_in_the_same_call(scheme: str) -> None:
+    linear, plain = layer(scheme=scheme)
+    fused = Linear8bit.from_linear(linear, scheme=scheme, activation="gelu")
+    x = torch.randn(3, 5, 67)
+    torch.testing.assert_close(fused(x), nn.functional.gelu(plain(x)), rtol=1e-5, atol=1e-6)
+    assert isinstance(fused.to_dense()[1], nn.GELU) and torch.equal(fused.to_linear().weight, plain.weight)
+    assert fused.spec() == {**plain.spec(), "activation": "gelu"} and "activation=gelu" in repr(fused)
+    again = COMPRESSED["Linear8bit"].from_spec(fused.spec())
+    again.load_state_dict(fused.state_dict())
+    assert torch.equal(again(x), fused(x))
+    if scheme == "w8a16":
+        grouped = Linear8bit.from_linear(linear, scheme=scheme, group_size=16, activation="gelu")
+        torch.testing.assert_close(grouped(x), grouped.to_dense()(x), rtol=1e-5, atol=1e-6)
+        assert Linear8bit.from_spec(grouped.spec()).spec() == grouped.spec()
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown activation 'tanh'"):
+        Linear8bit.from_linear(nn.Linear(8, 8), activation="tanh")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -59,11 +60,12 @@ class Comparison:
 
     def cells(self) -> list[list[str]]:
         """The table as strings: a row of headings, then one row a model."""
+        columns = columns_for(self.reports[0])
         rows = [
-            [show(report, ratio) for _, show in COLUMNS]
+            [show(report, ratio) for _, show in columns]
             for report, ratio in zip(self.reports, self.ratios, strict=True)
         ]
-        return [[heading for heading, _ in COLUMNS], *rows]
+        return [[heading for heading, _ in columns], *rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Baseline, ratios and remarks as plain values."""
@@ -188,3 +190,16 @@ COLUMNS: tuple[tuple[str, Callable[[Report, Ratios], str]], ...] = (
     ("items/s", lambda report, _: f"{report.throughput_per_s:,.0f}"),
     ("agreement", lambda _, ratio: "-" if ratio.agreement is None else f"{100 * ratio.agreement:.1f} %"),
 )
+
+
+def columns_for(report: Report) -> Sequence[tuple[str, Callable[[Report, Ratios], str]]]:
+    """The columns of a table of such reports: other tasks than classification show their own metrics and the score."""
+    if report.task == "classification":
+        return COLUMNS
+    named = [(name, functools.partial(_metric, name)) for name in report.metrics]
+    score = ("score", lambda found, _: f"{found.score:.4f}")
+    return (COLUMNS[0], *named, score, *COLUMNS[6:])
+
+
+def _metric(name: str, report: Report, ratio: Ratios) -> str:
+    return f"{report.metrics[name]:.4f}" if name in report.metrics else "-"

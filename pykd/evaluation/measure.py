@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from pykd.data.bundle import DataBundle, batches
 from pykd.errors import DataError
+from pykd.evaluation.answers import answers
 from pykd.evaluation.counting import count_parameters, saved_bytes, state_bytes
 from pykd.evaluation.latency import device_of, evaluating, measure_latency, measure_throughput
 from pykd.evaluation.metrics import quality
 from pykd.evaluation.report import Report
+from pykd.evaluation.score import WEIGHTS, quality_score
 from pykd.models.adapter import logits, move
 
 #: Test examples that the latency at batch 1 goes round: enough that texts of different lengths take part.
@@ -29,8 +33,15 @@ def evaluate(
     batch_size: int = 64,
     latency_rounds: int = 100,
     path: str | os.PathLike[str] | None = None,
+    weights: Mapping[str, float] | None = None,
+    bertscore_model: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """Measure a classifier on the held-out split of ``data``: quality, size and speed. The model is not changed.
+    """Measure a model on the held-out split of ``data``: quality, size and speed. The model is not changed.
+
+    The metrics are those of ``data.task``: accuracy and macro precision, recall, F1 of classes; seqeval's of tags;
+    perplexity and token accuracy of language models; BLEU, chrF, TER and ROUGE of what an encoder-decoder generates.
+    weights: of the metrics in the score, else those of ``pykd.evaluation.score.WEIGHTS``. bertscore_model: local folder
+    of an encoder, to add BERTScore to the metrics of generated texts.
 
     batch_size: of the quality pass and of the throughput. latency_rounds: timed calls at batch 1, after a warm-up, on
     the first test examples in turn, on the model's device, with torch's current number of threads (the report has it).
@@ -52,8 +63,8 @@ def evaluate(
             "collate=..., class_names=..., name=...)"
         )
     size_bytes = state_bytes(model) if path is None else saved_bytes(path)
-    labels, predictions, confidences = predict(model, data, batch_size=batch_size)
-    scored = quality(labels, predictions, data.class_names)
+    measured = _quality(model, data, batch_size, bertscore_model)
+    score, formula = quality_score(measured["metrics"], weights or WEIGHTS[data.task])
     singles = [data.collate([data.test[index]]) for index in range(min(LATENCY_EXAMPLES, len(data.test)))]
     latency = measure_latency(model, singles, rounds=latency_rounds)
     rows = [
@@ -64,12 +75,10 @@ def evaluate(
     parameters, nonzero = count_parameters(model)
     return Report(
         name=name,
-        accuracy=scored.accuracy,
-        precision=scored.precision,
-        recall=scored.recall,
-        f1=scored.f1,
-        per_class=scored.per_class,
-        confusion=scored.confusion,
+        **measured,
+        task=data.task,
+        score=score,
+        score_formula=formula,
         class_names=tuple(data.class_names),
         parameters=parameters,
         nonzero_parameters=nonzero,
@@ -82,10 +91,29 @@ def evaluate(
         throughput_batch=len(full[0]["labels"]),
         threads=torch.get_num_threads(),
         device=str(device_of(model)),
-        labels=tuple(labels),
-        predictions=tuple(predictions),
-        confidences=tuple(confidences),
     )
+
+
+def _quality(
+    model: nn.Module, data: DataBundle, batch_size: int, bertscore_model: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    """The fields of a report that say how good the answers are."""
+    names = ("accuracy", "precision", "recall", "f1")
+    if data.task == "classification":
+        labels, predictions, confidences = predict(model, data, batch_size=batch_size)
+        scored = quality(labels, predictions, data.class_names)
+        found: dict[str, Any] = {name: getattr(scored, name) for name in names}
+        found |= {"metrics": dict(found), "per_class": scored.per_class, "confusion": scored.confusion}
+        rows: tuple[Any, ...] = (labels, predictions, confidences)
+    else:
+        folder = str(bertscore_model) if bertscore_model is not None else None
+        answered = answers(model, data, batch_size=batch_size, bertscore_model=folder)
+        rows = (answered.labels, answered.predictions, answered.confidences)
+        right = sum(a == b for a, b in zip(answered.labels, answered.predictions, strict=True))
+        share = {"accuracy": right / max(1, len(answered.labels))}
+        found = {name: (share | answered.metrics).get(name, 0.0) for name in names}
+        found |= {"metrics": answered.metrics, "per_class": (), "confusion": (), "texts": tuple(answered.texts)}
+    return found | dict(zip(("labels", "predictions", "confidences"), map(tuple, rows), strict=True))
 
 
 def predict(model: nn.Module, data: DataBundle, *, batch_size: int = 64) -> tuple[list[int], list[int], list[float]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 #: Parts of a stage's record that have a place of their own on the page.
-SHOWN_APART = {"curve", "stage", "method"}
+SHOWN_APART = {"curve", "stage", "method", "validations", "outcome"}
 #: From here on the per-class table is longer than the confusion matrix is high.
 MANY_CLASSES = 15
 
@@ -54,6 +54,7 @@ def context(story: Story) -> dict[str, Any]:
     final, baseline = comparison.reports[-1], comparison.reports[comparison.baseline]
     same_test = final is not baseline and final.labels == baseline.labels
     curves = {n: r.details["curve"] for n, r in story.stages.items() if len(r.details.get("curve") or ()) > 1}
+    validated = {n: r.details["validations"] for n, r in story.stages.items() if r.details.get("validations")}
     head, *rows = comparison.cells()
     return {
         "story": story,
@@ -66,11 +67,13 @@ def context(story: Story) -> dict[str, Any]:
         "remarks": [*comparison.remarks, *story.remarks],
         "bars": plots.stage_bars(comparison.reports, comparison.baseline),
         "curves": plots.training_curves(curves) if curves else "",
-        "confusion": plots.confusion_heatmap(final),
+        "confusion": plots.confusion_heatmap(final) if final.confusion else "",
         "confusions": worst_confusions(final),
         "per_class": list(zip(final.per_class, baseline.per_class, strict=True)) if same_test else [],
         "flips": flips(final, baseline) if same_test else None,
-        "examples": wrong_examples(final, baseline, story.data),
+        "examples": wrong_examples(final, baseline, story.data) if final.confusion else [],
+        "watched": {n: r.details for n, r in story.stages.items() if r.details.get("validations")},
+        "validated": plots.validation_curves(validated) if validated else "",
         "stages": [
             (name, record.seconds, list(flatten({k: v for k, v in record.details.items() if k not in SHOWN_APART})))
             for name, record in story.stages.items()

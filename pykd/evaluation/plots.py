@@ -12,7 +12,7 @@ INK, MUTED, GRID = "#1f2733", "#667085", "#e4e8ee"
 BASELINE, STAGE, FINAL = "#98a2b3", "#5b8def", "#1d4ed8"
 LINES = ("#1d4ed8", "#d97706", "#0f9d6c", "#b42374", "#6d4bd1")
 #: What every training record has; whatever else is in it is a loss to draw.
-NOT_A_LOSS = {"step", "epoch", "lr", "grad_norm"}
+NOT_A_LOSS = {"step", "epoch", "lr", "grad_norm", "skipped"}
 #: A confusion matrix with more classes has no room for its numbers.
 NUMBERED_CLASSES = 20
 
@@ -45,6 +45,24 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         axis.set_ylim(bottom=0)
         axis.grid(axis="y", color=GRID)
         axis.legend(frameon=False, fontsize=8, labelcolor=MUTED)
+    return _svg(figure)
+
+
+def validation_curves(validations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """One panel per training: the guarded metric at every validation; a ring is a new best, a cross a rollback."""
+    figure, axes = _figure(11.0, 2.7, columns=len(validations))
+    for axis, (name, entries) in zip(axes, validations.items(), strict=True):
+        known = [entry for entry in entries if entry["value"] is not None]
+        axis.plot([e["step"] for e in known], [e["value"] for e in known], ".-", color=LINES[0], linewidth=1.2)
+        for marker, color, actions in (("o", LINES[2], {"best"}), ("x", LINES[3], {"roll back", "stop"})):
+            marked = [entry for entry in known if entry["action"] in actions]
+            style = {"facecolors": "none"} if marker == "o" else {}
+            places = [e["step"] for e in marked], [e["value"] for e in marked]
+            axis.scatter(*places, marker=marker, edgecolors=color if style else None, color=None if style else color,
+                         s=55, zorder=3, **style)  # fmt: skip
+        axis.set_title(f"{name}: {entries[0]['metric']}", loc="left", fontsize=10, color=INK, fontweight="bold")
+        axis.set_xlabel("step", fontsize=8, color=MUTED)
+        axis.grid(axis="y", color=GRID)
     return _svg(figure)
 
 

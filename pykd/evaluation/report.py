@@ -14,8 +14,11 @@ class Report:
 
     accuracy and the macro means ``precision``, ``recall``, ``f1`` are shares, 0..1. parameters counts weights that the
     model stands for, nonzero_parameters those that are not zero. size_bytes: of the file the weights are saved in.
-    latency_*_ms: one call at batch 1 over ``latency_rounds`` calls; throughput_per_s: examples a second at
-    ``throughput_batch``. labels, predictions, confidences (probability of the prediction): one per example, in order.
+    task: of the data. metrics: every metric of the task; score: their weighted mean, 0..1, by ``score_formula``.
+    For other tasks than classification, precision, recall and f1 are those of ``metrics`` (0 where it has none),
+    per_class and confusion are empty, labels and predictions are one per counted position, or for generated ``texts``
+    their CRC-32. latency_*_ms: one call at batch 1 over ``latency_rounds`` calls; throughput_per_s: examples a second
+    at ``throughput_batch``. labels, predictions, confidences (probability of the prediction): one an example, in order.
     speedup_over: how many times faster than another model, by name, from alternating rounds.
     """
 
@@ -42,6 +45,11 @@ class Report:
     predictions: tuple[int, ...]
     confidences: tuple[float, ...]
     speedup_over: dict[str, float] = field(default_factory=dict)
+    task: str = "classification"
+    metrics: dict[str, float] = field(default_factory=dict)
+    score: float = 0.0
+    score_formula: str = ""
+    texts: tuple[str, ...] = ()
 
     @property
     def errors(self) -> int:

@@ -14,6 +14,7 @@ from pykd.data.bundle import DataBundle
 from pykd.evaluation.comparison import Comparison
 from pykd.evaluation.environment import environment
 from pykd.evaluation.page import render
+from pykd.evaluation.report import Report
 from pykd.io.files import atomic_write
 
 FORMAT_VERSION = 1
@@ -109,7 +110,7 @@ def write_report(
 
 def markdown(story: Story) -> str:
     """The report as Markdown: the table, the remarks, the data, the machine."""
-    environment, data = story.environment, story.data.describe()
+    environment, data, reports = story.environment, story.data.describe(), story.comparison.reports
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     gpu = f"; {environment['gpu']}" if environment["gpu"] else ""
     lines = [
@@ -117,6 +118,12 @@ def markdown(story: Story) -> str:
         *([story.description] if story.description else []),
         story.comparison.markdown().rstrip(),
         *(["\n".join(f"- {remark}" for remark in story.remarks)] if story.remarks else []),
+        *_scores(reports),
+        *(
+            f"Guard, {name}: {record.details['outcome']}."
+            for name, record in story.stages.items()
+            if record.details.get("outcome")
+        ),
         f"Data: {data['name']}, {data['train_size']:,} to train on, {data['test_size']:,} held out, "
         f"{len(data['class_names'])} classes.",
         f"Machine: {environment['cpu']} ({environment['cpu_count']} cores, {environment['isa']}), "
@@ -125,3 +132,9 @@ def markdown(story: Story) -> str:
         f"Written {story.created}.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _scores(reports: Sequence[Report]) -> list[str]:
+    """The formula of the quality score, and every model's value."""
+    found = ", ".join(f"{report.name} {report.score:.4f}" for report in reports)
+    return [f"Quality score = {reports[-1].score_formula}: {found}."] if reports[-1].score_formula else []

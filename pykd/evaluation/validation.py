@@ -3,17 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import SequenceMatcher
 from typing import Any
 
 from torch import nn
 
 from pykd.data.bundle import DataBundle
+from pykd.evaluation.answers import Answers, answers
 from pykd.evaluation.examples import SHOWN_CHARACTERS
 from pykd.evaluation.measure import predict
 from pykd.evaluation.metrics import quality
+from pykd.evaluation.score import WEIGHTS, quality_score
 
+#: Task -> the metric that decides which model is the best.
+FIRST = {"token-classification": "f1", "causal-lm": "perplexity", "masked-lm": "perplexity", "seq2seq-lm": "score"}
 #: Examples of errors that a validation keeps.
 WORST = 5
+
+
+def validator(data: DataBundle, *, batch_size: int = 64) -> Callable[[nn.Module], dict[str, Any]]:
+    """validate(model) with the metrics of the task of ``data`` on its test split, the one that counts first.
+
+    F1 of entities, perplexity of language models, the score of generated texts, accuracy of classes.
+    """
+    if data.task == "classification":
+        return classification_validator(data, batch_size=batch_size)
+
+    def validate(model: nn.Module) -> dict[str, Any]:
+        found = answers(model, data, batch_size=batch_size)
+        score, _ = quality_score(found.metrics, WEIGHTS[data.task])
+        first = FIRST[data.task]
+        metrics = {first: (found.metrics | {"score": score})[first], **found.metrics, "score": score}
+        return metrics | {"examples": _worst(found, data)}
+
+    return validate
+
+
+def _worst(found: Answers, data: DataBundle) -> list[dict[str, Any]]:
+    """The examples with the most wrong positions, or, of texts, those that are least alike."""
+    if found.texts:
+        alike = [SequenceMatcher(None, *pair).ratio() for pair in zip(found.references, found.texts, strict=True)]
+        order = sorted(range(len(alike)), key=alike.__getitem__)[:WORST]
+        return [
+            {"index": i, "text": _text(data, i), "label": found.references[i], "prediction": found.texts[i]}
+            for i in order
+            if alike[i] < 1
+        ]
+    first, wrong = 0, []
+    for count in found.rows:
+        pairs = zip(found.labels[first : first + count], found.predictions[first : first + count], strict=True)
+        wrong.append(sum(a != b for a, b in pairs))
+        first += count
+    order = sorted(range(len(wrong)), key=lambda row: -wrong[row])[:WORST]
+    return [{"index": i, "text": _text(data, i), "wrong": wrong[i], "of": found.rows[i]} for i in order if wrong[i]]
+
+
+def _text(data: DataBundle, index: int) -> str:
+    return str(data.test[index].get("text", ""))[:SHOWN_CHARACTERS]
 
 
 def classification_validator(data: DataBundle, *, batch_size: int = 64) -> Callable[[nn.Module], dict[str, Any]]:
@@ -40,7 +86,7 @@ def classification_validator(data: DataBundle, *, batch_size: int = 64) -> Calla
                 "label": str(data.class_names[labels[index]]),
                 "prediction": str(data.class_names[found[index]]),
                 "confidence": confidences[index],
-                "text": str(data.test[index].get("text", ""))[:SHOWN_CHARACTERS],
+                "text": _text(data, index),
             }
             for index in worst
         ]

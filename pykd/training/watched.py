@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from pykd.data.bundle import DataBundle
-from pykd.evaluation.validation import classification_validator
+from pykd.evaluation.validation import validator
 from pykd.training.guard import Guard
 from pykd.training.watch import Validate
 
@@ -25,7 +25,7 @@ def watched(
     if validate is None:
         if not isinstance(data, DataBundle):
             raise ValueError("guard needs validate, a function of the model, where the data is a loader")
-        validate = classification_validator(data)
+        validate = validator(data)
     if guard.teacher is None and teacher is not None:
         found: dict[str, Any] = dict(validate(teacher))
         name = guard.metric or next(iter(found))

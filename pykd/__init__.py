@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 #: Public name -> module that defines it.
 _LAZY: dict[str, str] = {
+    "DistillationTrainer": "pykd.distillation.trainer",
     "TeacherCache": "pykd.distillation",
     "build_info": "pykd.ops.dispatch",
     "cache_teacher": "pykd.distillation",

@@ -12,7 +12,7 @@ import pytest
 from pykd.errors import RecipeError
 from pykd.quantization import SCHEMES
 from pykd.recipe import load_recipe, recipe_hash, recipe_yaml
-from pykd.recipe.schema import Train
+from pykd.recipe.train import Train
 from pykd.training import TrainConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -152,7 +152,7 @@ def test_the_hash_is_of_what_is_computed() -> None:
         ("student", {"width": 0.5, "name": "resnet18"}, r"student: say where the student comes from, in one way"),
         ("student", {}, r"student: say where the student comes from"),
         ("student", None, r"stages\[0\]\.distill needs a student"),
-        ("data", {"image_size": 8}, r"data\.kind: the key is missing: digits or text"),
+        ("data", {"image_size": 8}, r"data\.kind: the key is missing: one of digits, text, tokens, pairs, language"),
         ("data/kind", "digit", r"data\.kind: unknown kind 'digit': did you mean 'digits'\?"),
         ("data", {"kind": "text"}, r"data\.path: the key is missing"),
         ("name", "../up", r"name: string should match pattern"),

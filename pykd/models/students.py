@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pykd.models.layer_choice import Batches, choose_layers
 from pykd.models.layers import keep_layers, layer_map, layer_stacks, remember
 from pykd.models.narrow import narrowed
-from pykd.models.sizes import HEADS, has_fixed_heads, resized_config, size_of, value_of
+from pykd.models.sizes import HEADS, NEURONS, has_fixed_heads, resized_config, size_of, value_of
 from pykd.nn.channels import default_example, remove_channels
 from pykd.nn.family_config import update_config
 from pykd.nn.slicing import (
@@ -55,7 +55,8 @@ def derive(
 
     hidden_size, heads, intermediate_size: width of the residual stream, query heads, neurons of a transformer (see
     :func:`pykd.models.narrow.narrowed`); a head count that does not fit the width is lowered to one that does, which is
-    logged and recorded. preset: a published size as "6x512" (layers x width), see ``PRESETS``; it sets all four.
+    logged and recorded. preset: a published size as "6x512" (layers x width), see ``PRESETS``; it sets all four (heads
+    and neurons at most the teacher's).
 
     num_classes: gives the student a new, randomly initialised classifier. example: a batch the model accepts, to trace
     a convolutional network (default: one 64-pixel image). batches: dicts of inputs and labels, the data that
@@ -79,9 +80,8 @@ def derive(
         config = getattr(teacher, "config", teacher)
         its_heads = value_of(config, HEADS) or 12
         size = size_of(preset, heads=its_heads)
-        depth, hidden_size, heads, intermediate_size = (
-            size.depth, size.hidden_size, min(size.heads, its_heads), size.intermediate_size
-        )  # fmt: skip
+        neurons = min(size.intermediate_size, value_of(config, NEURONS) or size.intermediate_size)
+        depth, hidden_size, heads, intermediate_size = size.depth, size.hidden_size, min(size.heads, its_heads), neurons
         heads = None if has_fixed_heads(config) else heads
     named = not isinstance(layers, str)
     if named and depth is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Any
 from torch import nn
 
 from pykd.data import DataBundle
-from pykd.distillation import distill
+from pykd.distillation import distill, distill_chain
+from pykd.distillation.chain import INDEX as CHAIN_INDEX
+from pykd.pipeline.sources import build_model, make_student
 from pykd.pruning import prune
 from pykd.quantization import convert_qat, prepare_qat, quantize
-from pykd.recipe.schema import Distill, Prune, Qat, Quantize, Recipe, Stage, Train
+from pykd.recipe.schema import Chain, Distill, Prune, Qat, Quantize, Recipe, Stage
+from pykd.recipe.train import Train
 from pykd.training.checkpoint import has_checkpoint
+
+logger = logging.getLogger("pykd.pipeline")
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,48 @@ def _distill(settings: Any, model: nn.Module, context: Context) -> nn.Module:
     assert isinstance(settings, Distill)
     return distill(
         model,
-        context.teacher,
+        [context.teacher, *_further_teachers(settings, context)],
         context.data,
-        temperature=settings.temperature,
-        alpha=settings.alpha,
+        teacher_weights=[settings.teacher_weight, *(each.weight for each in settings.teachers)],
+        **_loss_options(settings),
         **train_options(settings, context),
     )
+
+
+def _chain(settings: Any, model: nn.Module, context: Context) -> nn.Module:
+    assert isinstance(settings, Chain)
+    options = train_options(settings, context)
+    for name in ("checkpoint_dir", "resume", "label"):
+        del options[name]
+
+    def maker(name: str) -> Callable[[nn.Module], nn.Module]:
+        key = f"stages[0].chain.students.{name}"
+        return lambda teacher: make_student(settings.students[name], context.recipe, teacher, context.data, key=key)
+
+    made = distill_chain(
+        context.teacher,
+        {name: maker(name) for name in settings.students},
+        context.data,
+        arms=settings.arms,
+        output_dir=context.checkpoints,
+        resume=(context.checkpoints / CHAIN_INDEX).exists(),
+        **_loss_options(settings),
+        **options,
+    )
+    logger.info("the chain:\n%s", made.table())
+    return made.student
+
+
+def _loss_options(settings: Distill) -> dict[str, Any]:
+    names = ("temperature", "alpha", "method", "teacher_scheme")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _further_teachers(settings: Distill, context: Context) -> list[nn.Module]:
+    return [
+        build_model(spec, context.recipe, context.data, key=f"{context.name}: teachers[{number}]").eval()
+        for number, spec in enumerate(settings.teachers)
+    ]
 
 
 def _prune(settings: Any, model: nn.Module, context: Context) -> nn.Module:
@@ -107,6 +149,7 @@ def _qat(settings: Any, model: nn.Module, context: Context) -> nn.Module:
 
 STAGES: dict[str, Callable[[Any, nn.Module, Context], nn.Module]] = {
     "distill": _distill,
+    "chain": _chain,
     "prune": _prune,
     "recover": _distill,
     "quantize": _quantize,

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pykd.errors import RecipeError, nearest
+from pykd.recipe.data_kinds import KINDS
 from pykd.recipe.schema import Recipe
 
 RecipeLike = str | pathlib.Path | Mapping[str, Any] | Recipe
@@ -133,7 +134,7 @@ def _sentence(error: ValidationError) -> str:
     elif kind in ("union_tag_not_found", "union_tag_invalid"):
         came = first["input"].get("kind") if isinstance(first["input"], Mapping) else first["input"]
         path = f"{path}.kind"
-        text = nearest("kind", came, ["digits", "text"]) if came is not None else "the key is missing: digits or text"
+        text = nearest("kind", came, KINDS) if came is not None else f"the key is missing: one of {', '.join(KINDS)}"
     else:
         text = f"{first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -2,77 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from pykd.distillation.methods import resolve
+from pykd.distillation.quantized import SCHEMES as TEACHER_SCHEMES
 from pykd.errors import nearest
 from pykd.pruning import METHODS
 from pykd.quantization import check_embeddings, check_method, check_qat
-from pykd.training import TrainConfig
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are refused, values do not change after they were read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Digits(Section):
-    """The 1,797 handwritten digits that ship inside scikit-learn, 8x8 pixels, scaled to ``image_size``."""
-
-    kind: Literal["digits"]
-    image_size: int = Field(64, ge=8, description="pixels a side")
-    channels: Literal[1, 3] = 3
-    test_size: int = Field(600, ge=1, lt=1797, description="images held out, the same share of every class")
-    seed: int = Field(0, ge=0, description="decides which images are held out")
-
-
-class Text(Section):
-    """Labelled texts: a local CSV, JSON-lines or parquet file, or the name of a `datasets` data set."""
-
-    kind: Literal["text"]
-    path: str = Field(description="file ending in .csv, .jsonl or .parquet, or a name for datasets.load_dataset")
-    test_path: str | None = Field(None, description="file with the texts held out; None splits `path`")
-    split_column: str | None = Field(None, description="column that says `train` or `test`")
-    subset: str | None = Field(None, description="configuration of a `datasets` data set")
-    text_column: str = "text"
-    label_column: str = "label"
-    tokenizer: str | None = Field(None, description="Hugging Face name or folder; None takes the teacher's")
-    max_length: int = Field(64, ge=2, description="tokens a text is cut at")
-    test_size: int = Field(3000, ge=1, description="texts held out when the data brings no test split")
-    seed: int = Field(0, ge=0, description="decides which texts are held out")
-
-
-Data = Annotated[Digits | Text, Field(discriminator="kind")]
-
-
-class Train(Section):
-    """Settings of one training: the fields of :class:`pykd.training.TrainConfig` but the seed, which the recipe has."""
-
-    epochs: float = 1.0
-    batch_size: int = 32
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.05
-    clip_norm: float | None = 1.0
-    autocast: str | None = None
-    max_steps: int | None = None
-    checkpoint_steps: int | None = None
-    accumulate: int = 1
-    gradient_checkpointing: bool = False
-    group_by_length: bool = False
-    validate_steps: int | None = None
-    keep_checkpoints: int = 1
-
-    @model_validator(mode="after")
-    def _in_range(self) -> Train:
-        self.train_config(0)
-        return self
-
-    def train_config(self, seed: int) -> TrainConfig:
-        """The same numbers as the training loop takes them; ValueError for one that is out of range."""
-        return TrainConfig(**{name: getattr(self, name) for name in Train.model_fields}, seed=seed)
+from pykd.recipe.data_kinds import Data
+from pykd.recipe.models import FurtherTeacher, Student, Teacher
+from pykd.recipe.section import Section
+from pykd.recipe.train import Train
 
 
 class Distill(Train):
@@ -80,6 +22,37 @@ class Distill(Train):
 
     temperature: float = Field(4.0, gt=0)
     alpha: float = Field(0.5, ge=0, le=1)
+    method: str | dict[str, float | dict[str, Any]] = Field(
+        "logits",
+        description="logits, hidden, attention, relation, contrastive, sequence, on_policy; or several with their "
+        "weights, as {logits: 1.0, hidden: {weight: 0.5}}",
+    )
+    teacher_scheme: str | None = Field(None, description="w8a8, w8a16 or w4a16: the teacher runs in fewer bits")
+    teacher_weight: float = Field(1.0, gt=0, description="of the recipe's teacher, beside the further ones")
+    teachers: list[FurtherTeacher] = Field(default_factory=list, description="further teachers, already trained")
+
+    @field_validator("method")
+    @classmethod
+    def _known_loss(cls, method: str | dict[str, Any]) -> str | dict[str, Any]:
+        resolve(method)
+        return method
+
+    @field_validator("teacher_scheme")
+    @classmethod
+    def _known_teacher_scheme(cls, scheme: str | None) -> str | None:
+        if scheme is not None and scheme not in TEACHER_SCHEMES:
+            raise ValueError(nearest("teacher_scheme", scheme, TEACHER_SCHEMES))
+        return scheme
+
+
+class Chain(Distill):
+    """Distil through assistants (Mirzadeh et al. 2020): teacher -> first student -> next ...; the last one goes on."""
+
+    students: dict[str, Student] = Field(min_length=1, description="by name, the largest first")
+    arms: tuple[Literal["labels", "direct"], ...] = Field(
+        ("labels", "direct"),
+        description="what is trained beside the chain, to compare: each student on labels alone, or without assistants",
+    )
 
 
 class Recover(Distill):
@@ -171,6 +144,7 @@ class Stage(Section):
     """One step of the compression: exactly one of these keys."""
 
     distill: Distill | None = None
+    chain: Chain | None = None
     prune: Prune | None = None
     recover: Recover | None = None
     quantize: Quantize | None = None
@@ -192,67 +166,14 @@ class Stage(Section):
 
     @property
     def kind(self) -> str:
-        """distill, prune, recover, quantize or qat."""
+        """distill, chain, prune, recover, quantize or qat."""
         return next(iter(self.model_fields_set))
 
     @property
-    def settings(self) -> Distill | Prune | Recover | Quantize | Qat:
+    def settings(self) -> Distill | Chain | Prune | Recover | Quantize | Qat:
         """What stands under the key."""
-        found: Distill | Prune | Recover | Quantize | Qat = getattr(self, self.kind)
+        found: Distill | Chain | Prune | Recover | Quantize | Qat = getattr(self, self.kind)
         return found
-
-
-class Model(Section):
-    """A model from an official library: by name, or from scratch by model type and configuration."""
-
-    source: Literal["torchvision", "huggingface"] | None = None
-    name: str | None = Field(None, description="torchvision architecture, Hugging Face name, or a local folder")
-    weights: str | None = Field(None, description="torchvision: file of a state dict; None starts from scratch")
-    revision: str | None = Field(None, description="Hugging Face: commit, tag or branch")
-    config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="values of the model's own configuration; without a name it builds a Hugging Face model from "
-        "scratch and must hold its model_type (vit, bert, distilbert ...)",
-    )
-
-
-class Teacher(Model):
-    """The model to be compressed. With ``train`` it is trained first, once, and kept for later runs."""
-
-    train: Train | None = None
-
-    @model_validator(mode="after")
-    def _named(self) -> Teacher:
-        if self.source is None:
-            raise ValueError("source is missing: torchvision or huggingface")
-        if self.name is None and (self.source == "torchvision" or "model_type" not in self.config):
-            raise ValueError("name is missing (only source: huggingface can do without, with config.model_type)")
-        if self.train is None and self.name is None:
-            raise ValueError("a teacher from scratch must learn first: add a `train` section")
-        return self
-
-
-class Student(Model):
-    """The small model: cut from the teacher by importance (``width``, ``depth``), or another architecture."""
-
-    width: float | None = Field(None, gt=0, le=1, description="share of the channels, neurons and heads that is kept")
-    depth: int | None = Field(None, ge=1, description="layers that are kept")
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Student:
-        derived = self.width is not None or self.depth is not None
-        other = self.name is not None or "model_type" in self.config
-        if derived == other or (derived and self.config):
-            raise ValueError(
-                "say where the student comes from, in one way: width and/or depth (cut from the teacher), name "
-                "(another architecture, or weights), or config with its model_type (from scratch)"
-            )
-        return self
-
-    @property
-    def derived(self) -> bool:
-        """Whether the student is cut from the teacher."""
-        return self.width is not None or self.depth is not None
 
 
 class Evaluate(Section):
@@ -283,6 +204,8 @@ class Recipe(Section):
         for index, stage in enumerate(self.stages):
             if stage.kind == "distill" and self.student is None:
                 raise ValueError(f"stages[{index}].distill needs a student: add one, or use recover to fine-tune")
+            if stage.kind == "chain" and (index or self.student is not None):
+                raise ValueError(f"stages[{index}].chain makes its own students: put it first and leave `student` out")
             if packed is not None and stage.kind != "quantize":
                 earlier = self.stages[packed].kind
                 raise ValueError(

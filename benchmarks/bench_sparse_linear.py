@@ -21,11 +21,12 @@ from torch import Tensor
 
 from pykd.nn.codecs.bitmask import pack
 from pykd.ops.bitmask import PackedSparse
-from pykd.ops.sparse_linear import route, sparse_linear
+from pykd.ops.sparse_linear import sparse_linear
+from pykd.ops.sparse_route import route
 
 SMALL = os.environ.get("PYKD_BENCH") == "small"
 SHAPES = [(96, 64)] if SMALL else [(3072, 768), (768, 3072), (4096, 4096)]
-SPARSITIES = [0.8] if SMALL else [0.5, 0.8, 0.9, 0.95]
+SPARSITIES = [0.8] if SMALL else [0.15, 0.3, 0.5, 0.8, 0.9, 0.95]
 ROWS = [1, 16] if SMALL else [1, 16, 128]
 ROTATION_BYTES = 1 << 12 if SMALL else 96 << 20  # dense bytes of all layers that take turns
 ROUNDS = 1 if SMALL else 9
@@ -105,7 +106,7 @@ def bench_sparse_linear(benchmark: Any, shape: tuple[int, int], sparsity: float,
         turn = iter(range(1 << 62))
         benchmark.pedantic(lambda: call(next(turn)), rounds=ROUNDS, warmup_rounds=1)
     median_s = benchmark.stats.stats.median
-    route_taken = route(1 - sparsity, rows, shape[0] * shape[1]) if peer.startswith("pykd") else peer
+    route_taken = route(1 - sparsity, rows, *shape) if peer.startswith("pykd") else peer
     benchmark.extra_info.update(
         weight_bytes=size_bytes,
         bandwidth_gb_s=size_bytes / median_s / 1e9,

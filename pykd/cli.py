@@ -106,11 +106,16 @@ def prune(
     sparsity: Annotated[float, typer.Option(help="share of weights, or of units per group, that goes")] = 0.5,
     include: Include = None,
     exclude: Exclude = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(help="magnitude: measure sparse against dense for calls of so many rows; may be repeated"),
+    ] = None,
 ) -> None:
     """Prune a saved model into a new folder."""
     from pykd.pipeline import prune_saved
 
-    _table(prune_saved(model, output, method=method, sparsity=sparsity, include=include, exclude=exclude))
+    options: dict[str, Any] = {"method": method, "sparsity": sparsity, "include": include, "exclude": exclude}
+    _table(prune_saved(model, output, **options, rows=rows or None))
 
 
 @app.command()

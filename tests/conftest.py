@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 
 import torch
 
@@ -11,6 +12,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What this machine measured for its user must not decide what the tests compute, nor the reverse.
+os.environ["PYKD_CACHE"] = tempfile.mkdtemp(prefix="pykd-tests-")
 
 import pytest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pykd.nn.codecs.bitmask import pack
 from pykd.nn.compressed import CompressedModule
 from pykd.ops.bitmask import PackedSparse, bitmask_expand, check_packed, unpack_bits
 from pykd.ops.sparse_linear import sparse_linear
+from pykd.ops.sparse_tuning import gain, measure
 
 
 class SparseWeight(CompressedModule):
@@ -53,6 +55,25 @@ class SparseWeight(CompressedModule):
     def sparsity(self) -> float:
         """Share of the weights that is pruned, in [0, 1]."""
         return 1.0 - self.packed.density
+
+    def tune(self, rows: Sequence[int] = (1, 16, 128)) -> dict[str, Any]:
+        """Measure dense against each sparse kernel on this machine; calls go by the result from now on.
+
+        rows: how many rows of activations (tokens, pixels) a call will have; see `pykd.ops.sparse_tuning.measure` for
+        what the measurement holds for and where it is kept.
+
+        Returns a JSON-able dict: `gain`, how many times faster than dense the choice is (geometric mean over rows),
+        `routes`, rows -> what was chosen, and `note`, the same in words. Empty where there is nothing to choose.
+        """
+        times = measure(self.packed, rows=rows)
+        if not times:
+            return {}
+        routes = {str(number): min(of, key=lambda name: of[name]) for number, of in times.items()}
+        ratio = gain(times)
+        note = (
+            "no gain here: computed dense" if set(routes.values()) == {"dense"} else f"{ratio:.2f}x faster than dense"
+        )
+        return {"gain": round(ratio, 3), "routes": routes, "note": note}
 
     def _pack(self) -> None:
         # The layouts of the kernels belong to the op, which follows edits of `values`; here only damage is refused.

@@ -26,6 +26,7 @@ from .dispatch import (
     skips_dispatcher,
     triton_available,
 )
+from .sparse_route import route
 
 
 def sparse_linear_reference(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -> Tensor:
@@ -88,7 +89,7 @@ def _check(x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: T
 # --- CPU --------------------------------------------------------------------------------------------------------------
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """What the CPU routes read, made from a packed weight, and what it was made from."""
 
     version: tuple[int, ...]
@@ -101,41 +102,17 @@ class _Layout(NamedTuple):
     made: dict[object, Tensor]  # "panels": the pack, a dtype: the dense weight; each once a call has needed it
 
 
-_layouts: dict[int, _Layout] = {}  # id of the values -> layout; an entry goes when its values go
+_layouts: dict[int, Layout] = {}  # id of the values -> layout; an entry goes when its values go
 
 _READ_AHEAD = 16  # the kernels load up to 16 values at once, wherever the last ones they need are
 _TILE = 128  # columns of x in an L1 tile: 128 x 32 rows x 4 bytes = 16 KB at 8 lanes, 32 KB at 16
-
-#: Densities above which a dense weight is kept beside the packed one and torch multiplies: there the panels would need
-#: as much memory and gain nothing. Between this and `_EXPAND`, and for more rows, the panels kernel is the fastest.
-_DENSE = 0.65
-#: Level -> (most rows, least density) that the expanding kernel serves, from benchmarks/bench_sparse_linear.py.
-_EXPAND = {"scalar": (1, 0.4), "avx2": (1, 0.4), "avx512": (4, 0.25)}
-
-
-#: Multiply-adds of a dense call below which it is over before a sparse kernel has begun.
-_SMALL = 1 << 19
-
-
-def route(density: float, rows: int, cells: int) -> str:
-    """Which CPU implementation serves a weight of this density and number of cells: expand, panels or dense.
-
-    >>> route(0.9, 1, 768 * 768), route(0.1, 128, 768 * 768)
-    ('dense', 'panels')
-    """
-    if native is None:
-        return "reference"
-    most_rows, least_density = _EXPAND[native.isa()]
-    if density > _DENSE or rows * cells < _SMALL:
-        return "dense"
-    return "expand" if rows <= most_rows and density > least_density else "panels"
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _layout(packed: PackedSparse) -> _Layout:
+def layout_of(packed: PackedSparse) -> Layout:
     bitmask, values, _ = packed
     version = (_version(values), values.data_ptr(), _version(bitmask), bitmask.data_ptr(), values.numel())
     layout = _layouts.get(id(values))
@@ -144,7 +121,7 @@ def _layout(packed: PackedSparse) -> _Layout:
     return layout
 
 
-def _make_layout(packed: PackedSparse, version: tuple[int, ...]) -> _Layout:
+def _make_layout(packed: PackedSparse, version: tuple[int, ...]) -> Layout:
     offsets = check_packed(packed)
     key = id(packed.values)
 
@@ -158,10 +135,10 @@ def _make_layout(packed: PackedSparse, version: tuple[int, ...]) -> _Layout:
     tail_row = int(near_the_end.int().argmax()) if bool(near_the_end.any()) else packed.out_features
     tail = F.pad(values[int(offsets[tail_row]) :], (0, _READ_AHEAD))
     own = PackedSparse(packed.bitmask.contiguous(), values, packed.in_features)
-    return _Layout(version, weakref.ref(packed.values, forget), own, own.density, offsets, tail, tail_row, {})
+    return Layout(version, weakref.ref(packed.values, forget), own, own.density, offsets, tail, tail_row, {})
 
 
-def _panels(layout: _Layout) -> Tensor:
+def _panels(layout: Layout) -> Tensor:
     if "panels" not in layout.made:
         bitmask, values, in_features = layout.packed
         mask, values = bitmask.data_ptr(), values.float()
@@ -178,10 +155,18 @@ def _sparse_linear_cpu(
     x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None = None
 ) -> Tensor:
     _check(x, values, bitmask, in_features, bias)
-    layout = _layout(PackedSparse(bitmask, values, in_features))
-    out_features = bitmask.shape[0]
-    rows = x.shape[:-1].numel()
-    chosen = route(layout.density, rows, in_features * out_features)
+    layout = layout_of(PackedSparse(bitmask, values, in_features))
+    chosen = route(layout.density, x.shape[:-1].numel(), bitmask.shape[0], in_features, _name(values.dtype))
+    return run_route(chosen, x, layout, bias)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run_route(chosen: str, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+    """One route of `pykd.ops.sparse_route` on checked arguments."""
+    in_features, out_features, rows = layout.packed.in_features, layout.packed.out_features, x.shape[:-1].numel()
     if chosen == "reference" or 0 in (rows, in_features, out_features):
         return sparse_linear_reference(x, layout.packed, bias)
     if chosen == "dense":
@@ -192,7 +177,7 @@ def _sparse_linear_cpu(
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
-def _run_dense(x: Tensor, layout: _Layout, bias: Tensor | None) -> Tensor:
+def _run_dense(x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
     if x.dtype not in layout.made:
         layout.made[x.dtype] = bitmask_expand(layout.packed).to(x.dtype)
     return F.linear(x, layout.made[x.dtype], None if bias is None else bias.to(x.dtype))
@@ -206,7 +191,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _run_expand(x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> None:
+def _run_expand(x: Tensor, layout: Layout, bias: Tensor | None, y: Tensor) -> None:
     rows, in_features = x.shape
     x = F.pad(x, (0, -in_features % 16)) if in_features % 16 else x
     bitmask, values, _ = layout.packed
@@ -217,7 +202,7 @@ def _run_expand(x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> N
     )  # fmt: skip
 
 
-def _run_panels(x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> None:
+def _run_panels(x: Tensor, layout: Layout, bias: Tensor | None, y: Tensor) -> None:
     rows, in_features = x.shape
     pack, threads = _panels(layout), num_threads()
     scratch = torch.empty(native.sparse_panels_scratch(rows, in_features, _TILE, threads))
@@ -236,7 +221,7 @@ def _sparse_linear_cuda(
     x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None = None
 ) -> Tensor:
     _check(x, values, bitmask, in_features, bias)
-    layout = _layout(PackedSparse(bitmask, values, in_features))
+    layout = layout_of(PackedSparse(bitmask, values, in_features))
     rows, out_features, library = x.shape[:-1].numel(), bitmask.shape[0], cuda_library()
     if 0 in (rows, in_features, out_features) or (library is None and not triton_available()):
         return sparse_linear_reference(x, layout.packed, bias)
@@ -251,7 +236,7 @@ def _sparse_linear_cuda(
     return y
 
 
-def _launch(library: ctypes.CDLL, x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> None:
+def _launch(library: ctypes.CDLL, x: Tensor, layout: Layout, bias: Tensor | None, y: Tensor) -> None:
     pointers = (x, layout.packed.bitmask, layout.packed.values, layout.offsets, bias, y)
     sizes = (x.shape[0], x.shape[1], layout.packed.out_features)
     code = library.pykd_cuda_sparse_linear(
@@ -264,7 +249,7 @@ def _launch(library: ctypes.CDLL, x: Tensor, layout: _Layout, bias: Tensor | Non
     check_cuda(code, "sparse_linear")
 
 
-def _triton(x: Tensor, layout: _Layout, bias: Tensor | None, y: Tensor) -> None:
+def _triton(x: Tensor, layout: Layout, bias: Tensor | None, y: Tensor) -> None:
     kernel = importlib.import_module("pykd.kernels.sparse_linear")
     kernel.sparse_linear(x, layout.packed.bitmask, layout.packed.values, layout.offsets, bias, y)
 
@@ -313,19 +298,6 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 torch.library.register_autograd("pykd::sparse_linear", _backward, setup_context=_setup, lib=lib)
 
-if native is not None:
-    TABLE.append(
-        Route(
-            "sparse_linear",
-            "cpu",
-            f"density above {_DENSE}, or rows * out * in below {_SMALL}",
-            "dense weight kept, torch",
-        )
-    )
-    for _level, (_rows, _density) in _EXPAND.items():
-        _when = f"isa {_level}: density {_density} to {_DENSE}, up to {_rows} rows"
-        TABLE.append(Route("sparse_linear", "cpu", _when, "native, expanded on the way"))
-    TABLE.append(Route("sparse_linear", "cpu", "otherwise", "native, panels"))
 TABLE.append(Route("sparse_linear", "cuda", f"CUDA library, up to {_GEMV_ROWS} rows or no Triton", "cuda"))
 TABLE.append(Route("sparse_linear", "cuda", "Triton", "triton"))
 TABLE.append(Route("sparse_linear", "any", "otherwise", "reference"))

@@ -112,6 +112,7 @@ def _prune(settings: Any, model: nn.Module, context: Context) -> nn.Module:
         include=settings.include,
         exclude=settings.exclude,
         example=context.data.example(2),
+        rows=settings.rows,
     )
 
 

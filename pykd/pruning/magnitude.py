@@ -32,12 +32,15 @@ def prune_magnitude(model: nn.Module, request: Request) -> Outcome:
         if bool(mask.all()):
             outcome.skipped[name] = "none of its weights is among the smallest"
             continue
-        replace_layer(model, module, _sparse(module, mask))
+        layer = _sparse(module, mask)
+        replace_layer(model, module, layer)
         outcome.changed[name] = {"sparsity": round(1 - mask.float().mean().item(), 4)}
+        if request.rows is not None and not (isinstance(layer, SparseConv2d) and not layer.pointwise):
+            outcome.changed[name].update(layer.tune(request.rows))
     return outcome
 
 
-def _sparse(module: nn.Module, mask: Tensor) -> nn.Module:
+def _sparse(module: nn.Module, mask: Tensor) -> SparseLinear | SparseConv2d:
     dense = module.to_dense() if isinstance(module, (SparseLinear, SparseConv2d)) else module
     if isinstance(dense, nn.Conv2d):
         return SparseConv2d.from_conv2d(dense, mask=mask)

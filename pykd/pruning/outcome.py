@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Request:
-    """sparsity: share to remove, [0, 1). include, exclude: name patterns. example: a batch the model accepts."""
+    """sparsity: share to remove, [0, 1). include, exclude: name patterns. example: a batch the model accepts.
+
+    rows: the numbers of rows for which sparse layers choose how they compute; None leaves that to thresholds.
+    """
 
     sparsity: float
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     example: Tensor | dict[str, Tensor] | None = None
+    rows: Sequence[int] | None = None
 
 
 @dataclass

@@ -33,6 +33,7 @@ def prune(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     example: Tensor | dict[str, Tensor] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Model:
     """Prune ``model`` in place; returns it with a record in ``model.pykd_report``.
 
@@ -40,7 +41,10 @@ def prune(
     "channels", "heads" and "neurons" remove whole units, so that the layers get smaller; or a function like those in
     METHODS. sparsity: share [0, 1) of the weights, or of the units of each group. include, exclude: shell patterns of
     layer names; by default all but embeddings, norms and output heads. example: one batch that the model accepts, for
-    tracing channels (default: one 64-pixel image). The pruned model trains on; optimizers must be made anew.
+    tracing channels (default: one 64-pixel image). rows, with "magnitude": how many rows of activations calls will
+    have, as (1, 16, 128): each sparse layer then measures on this machine whether it is faster sparse or dense and
+    computes that way from then on; its gain, or "no gain here: computed dense", is in the record, and files are sparse
+    either way. Without it thresholds decide. The pruned model trains on; optimizers must be made anew.
 
     Raises ValueError for an unknown method, a sparsity out of range, patterns that match nothing, NaN weights, or a
     model that has no such units; the model is then unchanged.
@@ -54,11 +58,14 @@ def prune(
     if not callable(method) and method not in METHODS:
         raise ValueError(nearest("method", method, METHODS))
     apply = method if callable(method) else METHODS[method]
+    if rows is not None and method != "magnitude" and not callable(method):
+        raise ValueError(f"rows goes with method='magnitude', whose layers are sparse; {method!r} leaves them dense")
     require_finite_weights(model, "model")
-    request = Request(sparsity, include, exclude, example)
+    request = Request(sparsity, include, exclude, example, rows)
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     parameters = {
         "sparsity": sparsity,
+        "rows": None if rows is None else list(rows),
         "include": None if include is None else list(include),
         "exclude": None if exclude is None else list(exclude),
     }

@@ -69,6 +69,10 @@ class Prune(Section):
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of weights, or of units per group, removed")
     include: list[str] | None = Field(None, description="name patterns of the layers to touch")
     exclude: list[str] | None = Field(None, description="name patterns of the layers to leave")
+    rows: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="magnitude: rows of activations for which each layer measures whether sparse or dense is faster",
+    )
 
     @field_validator("method")
     @classmethod

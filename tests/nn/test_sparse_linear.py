@@ -138,3 +138,15 @@ def test_damage_is_refused() -> None:
         copy.deepcopy(layer).load_state_dict(damaged)
     with pytest.raises(ValueError, match="mask has to be boolean"):
         SparseLinear.from_linear(nn.Linear(3, 2), mask=torch.ones(2, 3))
+
+
+def test_tuning_reports_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, layer = pruned()
+    times = {1: {"dense": 40.0, "expand": 10.0, "panels": 20.0}, 16: {"dense": 40.0, "panels": 40.0}}
+    monkeypatch.setattr("pykd.nn.sparse_linear.measure", lambda packed, *, rows: {r: times[r] for r in rows})
+    assert layer.tune((1, 16)) == {
+        "gain": 2.0, "routes": {"1": "expand", "16": "dense"}, "note": "2.00x faster than dense"
+    }  # fmt: skip
+    assert layer.tune((16,))["note"] == "no gain here: computed dense"
+    monkeypatch.setattr("pykd.nn.sparse_linear.measure", lambda packed, *, rows: {})
+    assert layer.tune() == {}

@@ -10,8 +10,9 @@ from torch.library import opcheck
 
 from pykd.ops import sparse_linear as op
 from pykd.ops.bitmask import PackedSparse, bitmask_expand, pack_bits
-from pykd.ops.dispatch import build_info, cuda_library, native
-from pykd.ops.sparse_linear import route, sparse_linear, sparse_linear_reference
+from pykd.ops.dispatch import cuda_library, native
+from pykd.ops.sparse_linear import sparse_linear, sparse_linear_reference
+from pykd.ops.sparse_route import EXPAND_ROWS
 
 ROUTES = ["expand", "panels", "dense"] if native is not None else ["reference"]
 SHAPES = [(1, 1), (130, 259), (2, 70001)]
@@ -23,7 +24,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Force one CPU route; the expanding kernel serves up to four rows, more go to the panels."""
     wanted: str = request.param
     monkeypatch.setattr(
-        op, "route", lambda density, rows, cells: "panels" if wanted == "expand" and rows > 4 else wanted
+        op, "route", lambda density, rows, *_: "panels" if wanted == "expand" and rows > EXPAND_ROWS else wanted
     )
     return wanted
 
@@ -153,18 +154,6 @@ def test_values_made_in_inference_mode() -> None:
         torch.testing.assert_close(sparse_linear(x, packed), sparse_linear_reference(x, packed))
 
 
-def test_route() -> None:
-    if native is None:
-        assert route(0.5, 1, 1 << 20) == "reference"
-        return
-    assert {route(d, r, 1 << 20) for d in (0.7, 0.9, 1.0) for r in (1, 8, 128)} == {"dense"}
-    assert {route(d, 1, 1000) for d in (0.1, 0.5)} == {"dense"}
-    assert route(0.5, 1, 1 << 20) == "expand"
-    assert {route(d, r, 1 << 20) for d in (0.05, 0.2) for r in (1, 8, 128)} == {"panels"}
-    rows = [row for row in build_info()["table"] if row["op"] == "sparse_linear" and row["device"] == "cpu"]
-    assert any("dense weight kept" in row["implementation"] for row in rows)
-
-
 @pytest.mark.parametrize("trains", ["values", "x and bias"])
 def test_gradients(isa: str, trains: str) -> None:
     packed = random_packed(9, 14, 0.4)
@@ -267,7 +256,7 @@ def test_triton_in_the_interpreter(x_dtype: torch.dtype, value_dtype: torch.dtyp
     for rows in (1, 20, 65):
         x = torch.randn(rows, 45).to(x_dtype)
         y = torch.full((rows, 70), float("nan"), dtype=x_dtype)
-        op._triton(x, op._layout(packed), bias, y)
+        op._triton(x, op.layout_of(packed), bias, y)
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[x_dtype]
         torch.testing.assert_close(y, sparse_linear_reference(x, packed, bias), rtol=tolerance, atol=tolerance)
 
@@ -287,9 +276,9 @@ def test_gpu(x_dtype: torch.dtype, value_dtype: torch.dtype, kernel: str) -> Non
             if kernel == "cuda":
                 library = cuda_library()
                 assert library is not None, "build the CUDA library"
-                op._launch(library, x, op._layout(packed), bias, y)
+                op._launch(library, x, op.layout_of(packed), bias, y)
             else:
-                op._triton(x, op._layout(packed), bias, y)
+                op._triton(x, op.layout_of(packed), bias, y)
             tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[x_dtype]
             want = sparse_linear_reference(x, packed, bias)
             torch.testing.assert_close(y, want, rtol=tolerance, atol=tolerance * columns**0.5)

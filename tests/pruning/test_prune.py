@@ -74,6 +74,24 @@ def test_pruning_again_counts_what_is_gone() -> None:
     assert [entry["parameters"]["sparsity"] for entry in model.pykd_report] == [0.3, 0.6]
 
 
+def test_layers_measure_how_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def tune(layer: nn.Module, rows: tuple[int, ...]) -> dict[str, Any]:
+        asked.append(tuple(rows))
+        return {"gain": 1.0, "note": "no gain here: computed dense"}
+
+    monkeypatch.setattr(SparseLinear, "tune", tune)
+    model = prune(network(), sparsity=0.5, rows=(1, 32))
+    record = model.pykd_report[-1]
+    assert record["parameters"]["rows"] == [1, 32] and asked == [(1, 32)]
+    assert record["changed"]["3"]["note"] == "no gain here: computed dense" and "note" not in record["changed"]["0"]
+    with pytest.raises(
+        ValueError, match="rows goes with method='magnitude', whose layers are sparse; 'channels' leaves"
+    ):
+        prune(network(), method="channels", rows=(1,))
+
+
 def test_a_layer_that_loses_nothing_stays_dense() -> None:
     model = network()
     model[0].weight.data += 100

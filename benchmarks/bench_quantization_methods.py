@@ -4,12 +4,17 @@
 
 model: a folder that pykd or Hugging Face saved, with its tokenizer. data: a table that `pykd.data.load_text` reads;
 with a column `split` (as `benchmarks/data/debian.py` writes it) its `test` rows are measured and its `train` rows
-calibrate. Printed per variant: mean KL divergence of the class probabilities from those of the model as it was, in
-nats; texts whose predicted class is another; accuracy; bytes of all tensors as they would be stored; seconds to
-quantize. "embeddings" quantizes the embeddings alone, "+ embeddings" them too. The peers (bitsandbytes, HQQ, torchao)
-round the same linear layers; their weights are unpacked and run dense, so what is compared is the choice of the codes
-and not a kernel, and torchao's codes, which it keeps a byte each, count as 4 bits. A peer that is not installed or
-fails is listed as not measured. `--json FILE` also writes the numbers and the environment.
+calibrate. Printed per variant: output error, the squared error that rounding the weights makes in the outputs of a
+linear layer over the square of the outputs, on the calibration texts, mean over the layers; mean KL divergence of the
+class probabilities from those of the model as it was, in nats; texts whose predicted class is another; accuracy; bytes
+of all tensors as they would be stored; seconds to quantize. KL and flips of one rounding are one draw: of two variants
+whose output errors are apart by a few percent, either may have the lower KL.
+
+"embeddings" quantizes the embeddings alone, "+ embeddings" them too. The peers (bitsandbytes, HQQ, torchao) round the
+same linear layers; their weights are unpacked and run dense, so what is compared is the choice of the codes and not a
+kernel, and torchao's codes, which it keeps a byte each, count as 4 bits. HQQ stores 32 bits a group where ours stores
+16, or 20 with zero points: with groups twice as long it is at equal bits. A peer that is not installed or fails is
+listed as not measured. `--json FILE` also writes the numbers and the environment.
 """
 
 from __future__ import annotations
@@ -32,7 +37,8 @@ from pykd.data.tables import is_local, read_table
 from pykd.models.adapter import logits
 from pykd.nn.selection import select_layers
 from pykd.pipeline.saved import load_saved
-from pykd.quantization import METHODS, quantize
+from pykd.quantization import METHODS, Inputs, quantize
+from pykd.quantization.calibration import calibrate, calibration_batches
 
 #: Scheme, whether symmetric, and the methods that go with it.
 SCHEMES: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
@@ -61,13 +67,15 @@ def bitsandbytes(kind: str) -> Peer:
     return round_weight
 
 
-def hqq() -> Peer:
+def hqq(longer: int = 1) -> Peer:
     """Half-quadratic quantization with zero points in floating point; float16 scales and zero points."""
     from hqq.core.quantize import Quantizer
 
     def round_weight(weight: Tensor, group_size: int) -> tuple[Tensor, int]:
         options: dict[str, Any] = {"nbits": 4, "channel_wise": True, "optimize": True, "axis": 1, "device": "cpu"}
-        packed, meta = Quantizer.quantize(weight, group_size=group_size, compute_dtype=torch.float16, **options)
+        packed, meta = Quantizer.quantize(
+            weight, group_size=longer * group_size, compute_dtype=torch.float16, **options
+        )
         size_bytes = packed.nbytes + meta["scale"].nbytes + meta["zero"].nbytes
         return Quantizer.dequantize(packed, meta).to(weight.dtype), size_bytes
 
@@ -92,6 +100,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "bitsandbytes nf4": lambda: bitsandbytes("nf4"),
     "bitsandbytes fp4": lambda: bitsandbytes("fp4"),
     "HQQ int4": hqq,
+    "HQQ int4, groups twice as long": lambda: hqq(2),
     "torchao int4": torchao,
 }
 
@@ -148,6 +157,31 @@ def scores(model: nn.Module, data: DataBundle, texts: Sequence[int], batch_size:
     return torch.cat(found).double().log_softmax(dim=1)
 
 
+@torch.no_grad()
+def layer_inputs(model: nn.Module, data: DataBundle, settings: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight and second moments of the inputs of every linear layer that `quantize` takes."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def visit(name: str, inputs: Inputs) -> None:
+        weight: Any = model.get_submodule(name).weight
+        found[name] = weight.detach().clone(), inputs.hessian[0]
+
+    texts = calibration_batches(data, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed)
+    calibrate(model, list(select_layers(model, (nn.Linear,)).chosen), texts, visit)
+    return found
+
+
+@torch.no_grad()
+def output_error(model: nn.Module, layers: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """Mean over the layers of ``sum e H e^T / sum w H w^T`` with e = rounded - w."""
+    total = 0.0
+    for name, (weight, hessian) in layers.items():
+        rounded: Any = model.get_submodule(name).weight
+        error = rounded.detach().float() - weight
+        total += float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum())
+    return total / len(layers)
+
+
 def row(name: str, got: Tensor, want: Tensor, labels: Tensor, **facts: Any) -> Row:
     """The numbers of one variant."""
     predicted = got.argmax(dim=1)
@@ -163,7 +197,8 @@ def row(name: str, got: Tensor, want: Tensor, labels: Tensor, **facts: Any) -> R
 def line(found: Row, texts: int) -> str:
     """One line of the table."""
     flips = f"{found['flips']} ({found['flips'] / texts:.2%})"
-    cells = (found["name"], f"{found['kl']:.6f}", flips, f"{found['accuracy']:.2%}", f"{found['size_bytes']:,}")
+    error = f"{found['output_error']:.6f}"
+    cells = (found["name"], error, f"{found['kl']:.6f}", flips, f"{found['accuracy']:.2%}", f"{found['size_bytes']:,}")
     return f"| {' | '.join(cells)} | {found['quantize_s']:.1f} |"
 
 
@@ -185,9 +220,10 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     want = scores(model, data, texts, settings.batch_size)
     if want.shape[1] != len(data.class_names):
         raise SystemExit(f"the model tells {want.shape[1]} classes apart, the data {len(data.class_names)}: not a pair")
-    rows = [row("as it is", want, want, labels, size_bytes=stored_bytes(model), quantize_s=0.0)]
+    layers = layer_inputs(model, data, settings)
+    rows = [row("as it is", want, want, labels, output_error=0.0, size_bytes=stored_bytes(model), quantize_s=0.0)]
     print(f"{len(texts)} texts, {settings.samples} samples, groups of {settings.group_size}\n")
-    print("| weights | KL | flips | accuracy | bytes | s |\n|---|---:|---:|---:|---:|---:|")
+    print("| weights | output error | KL | flips | accuracy | bytes | s |\n|---|---:|---:|---:|---:|---:|---:|")
     print(line(rows[0], len(texts)), flush=True)
     absent: dict[str, str] = {}
     for name, apply in variants(settings, data):
@@ -204,7 +240,8 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
             continue
         seconds = time.perf_counter() - started
         got = scores(changed, data, texts, settings.batch_size)
-        rows.append(row(name, got, want, labels, size_bytes=size_bytes, quantize_s=seconds))
+        facts = {"output_error": output_error(changed, layers), "size_bytes": size_bytes, "quantize_s": seconds}
+        rows.append(row(name, got, want, labels, **facts))
         print(line(rows[-1], len(texts)), flush=True)
     for name, reason in absent.items():
         print(f"not measured: {name} ({reason})")

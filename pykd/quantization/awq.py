@@ -17,11 +17,13 @@ def awq(weight: Tensor, inputs: Inputs, *, code: str, group_size: int, sweeps: i
     The paper searches two things by the error of the outputs: a factor per input, s_j = mean|x_j|^a, that multiplies
     the weights before rounding and divides the input; and how far each group clips its largest weights. The packed
     layers have no factor per input, and moving it into the operation before is exact only where nothing else reads that
-    operation's output (not in a post-norm encoder such as BERT, where the residual does). So this is the search in the
-    form that plain codes can hold: group after group, and `sweeps` times over, the scale (for uint4 with its zero
-    point) out of a grid with the least output error ``e H e^T`` of the whole row, e = weight - rounded, H =
-    ``inputs.hessian``. It begins at plain rounding and accepts only what lowers a row's error, so that none is above
-    that of `rtn`.
+    operation's output (not in a post-norm encoder such as BERT, where the residual does). It could be stored with each
+    layer, and divide the input in each call; measured on the layers of a MiniLM classifier, the factor with plain
+    rounding wins less than a third of what the search below wins, and on top of that search a few percent more, less
+    than `gptq` wins without it. So this is the search in the form that plain codes can hold: group after group, and
+    `sweeps` times over, the scale (for uint4 with its zero point) out of a grid with the least output error ``e H e^T``
+    of the whole row, e = weight - rounded, H = ``inputs.hessian``. It begins at plain rounding and accepts only what
+    lowers a row's error, so that none is above that of `rtn`.
 
     Args:
         weight: [out_features, in_features], any floating-point dtype; exact zeros stay exactly zero.

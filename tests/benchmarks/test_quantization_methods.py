@@ -65,6 +65,9 @@ def test_every_method_is_in_the_table(
         assert row["kl"] < 0.5 and 0 <= row["flips"] <= 60 and 0 <= row["accuracy"] <= 1
         assert name == "as it is" or 0 < row["size_bytes"] < rows["as it is"]["size_bytes"]
     assert rows["pykd w4a16 gptq"]["kl"] < rows["pykd w4a16 rtn"]["kl"]
+    assert rows["as it is"]["output_error"] == rows["pykd embeddings w8a16"]["output_error"] == 0
+    for name in ("gptq", "awq"):
+        assert rows[f"pykd w4a16 {name}"]["output_error"] < 0.8 * rows["pykd w4a16 rtn"]["output_error"] < 0.02
     assert rows["pykd embeddings w8a16"]["kl"] < rows["pykd embeddings w4a16"]["kl"]
     together = rows["pykd w4a16 rtn + embeddings w8a16"]["size_bytes"]
     assert together < min(rows["pykd w4a16 rtn"]["size_bytes"], rows["pykd embeddings w8a16"]["size_bytes"])

@@ -28,7 +28,7 @@ def test_lower_in_its_own_norm(code: str, norm: float) -> None:
     options: Any = {"code": code, "group_size": 64}
     found = group_norms(weight, hqq(weight, norm=norm, **options), norm, **options)
     plain = group_norms(weight, rtn(weight, **options), norm, **options)
-    assert (found <= plain * (1 + 1e-6)).all() and found.sum() < 0.985 * plain.sum()
+    assert (found <= plain * (1 + 1e-6)).all() and found.sum() < 0.997 * plain.sum()
 
 
 def test_iterations_pay_and_zero_points_move() -> None:

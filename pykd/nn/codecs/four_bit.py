@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,12 @@ from torch import Tensor
 
 from pykd.ops.int4_r16 import dequantize, groups_of, pack_nibbles, table_of
 
-#: Shares of the largest magnitude that the int4 scale search tries as the value of code 15 (7) or 0 (-8).
+#: Shares of a group's extremes that searches by importance try as the ends of the grid.
 SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
+
+#: Shares that plain rounding begins to fit scales at, and how often it fits them.
+STARTS = (1.0, 0.85)
+FITS = 2
 
 
 class FourBit(NamedTuple):
@@ -27,10 +31,9 @@ def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -
     """Round a dense weight [out_features, in_features] to 4-bit codes with one float16 scale per group of a row.
 
     int4: weight = (q - 8) * scale; uint4: (q - zero) * scale with an integer zero point; nf4 (Dettmers et al. 2023),
-    fp4 and tables of your own (`pykd.ops.int4_r16.codebook_code`): table[q] * scale, under the least scale that reaches
-    the group's extremes. For int4 the scale is the one with the smallest
-    squared error out of a small search (`SHRINK`, both signs), which lets the level -8 hold the largest weight.
-    Weights that are exactly zero stay exactly zero under every code. Codes are chosen for the scale as stored, float16.
+    fp4 and tables of your own (`pykd.ops.int4_r16.codebook_code`): table[q] * scale. Scales come from `fitted_scales`:
+    no group's squared error is above that under the scale that just reaches the group's extremes, the usual one.
+    Weights that are exactly zero stay so under every code. Codes are chosen for the scale as stored, float16.
 
     Raises ValueError for an unknown code, a weight that is not a non-empty matrix, NaN or infinite weights, weights
     whose scale float16 cannot hold, and a group size below 1.
@@ -41,11 +44,7 @@ def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -
     """
     _check(weight, code, group_size)
     groups = split_groups(weight.detach().float(), group_size)
-    scale, zero = table_scales(groups, code).half().float() if table_of(code) else groups.new_zeros(()), None
-    if code == "int4":
-        scale, _ = best_scales(groups, int4_scales(groups), code=code)
-    elif code == "uint4":
-        scale, zero = range_scales(groups)
+    scale, zero = fitted_scales(groups, code)
     levels = nearest_levels(groups, scale, zero, code=code).flatten(1)[:, : weight.shape[1]]
     zeros = None if zero is None else zero.squeeze(2)
     return from_levels(levels, scale.squeeze(2), zeros, code=code, group_size=group_size)
@@ -142,11 +141,45 @@ def best_scales(groups: Tensor, candidates: Iterable[Scales], *, code: str, impo
     return best
 
 
-def int4_scales(groups: Tensor) -> Iterator[Scales]:
-    """Float16 candidates for int4: absmax / 7 shrunk (codes -8..7) and signed absmax / -8 shrunk."""
+def fitted_scales(groups: Tensor, code: str) -> Scales:
+    """Scales by alternating least squares, [..., groups, 1]: levels for the scale, then the scale for the levels.
+
+    ``s = <level, w> / <level, level>`` from every start, `FITS` times; each group keeps the grid with the least
+    ``sum (w - level * s)^2`` that it has seen, beginning with the one that reaches its extremes. Scales are rounded to
+    float16 before they are tried. Zero points (uint4) stay where the range of the group puts them.
+    """
+    best: Scales | None = None
+    least = groups.new_full((*groups.shape[:-1], 1), torch.inf)
+    for scale, zero in _starts(groups, code):
+        for turn in range(FITS + 1):
+            levels = nearest_levels(groups, scale, zero, code=code)
+            error = (levels * scale).sub_(groups).square_().sum(dim=-1, keepdim=True)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = (scale if best is None else torch.where(better, scale, best[0])), zero
+            if turn < FITS:
+                length = levels.square().sum(dim=-1, keepdim=True)
+                fit = (levels.mul_(groups)).sum(dim=-1, keepdim=True) / length
+                scale = torch.where(length > 0, fit, scale).half().float()
+    assert best is not None
+    return best
+
+
+def _starts(groups: Tensor, code: str) -> Iterator[Scales]:
+    if code == "int4":
+        yield from int4_scales(groups, STARTS)
+        return
+    scale, zero = range_scales(groups) if code == "uint4" else (table_scales(groups, code), None)
+    for share in STARTS:
+        yield (scale * share).half().float(), zero
+
+
+def int4_scales(groups: Tensor, shares: Sequence[float] = SHRINK) -> Iterator[Scales]:
+    """Float16 candidates for int4: shares of absmax / 7 (codes -8..7), and of signed absmax / -8, which lets the level
+    -8 hold the largest weight."""
     largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
     for divisor in (7.0, -8.0):
-        for shrink in SHRINK:
+        for shrink in shares:
             yield ((largest.abs() if divisor > 0 else largest) * (shrink / divisor)).half().float(), None
 
 

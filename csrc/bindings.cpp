@@ -172,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
         "Distillation losses and gradient from kept classes; returns -1, the first row with a label out of range, or "
         "rows + the first row with an id out of range.");
   bind_sparse(m);
+  m.attr("linear_small_scratch") = pykd::kSmallScratch;
   m.attr("linear_4bit_rows") = pykd::kLinear4bitRows;
   m.attr("linear_4bit_fold") = pykd::kLinear4bitFold;
   m.def(

@@ -60,6 +60,9 @@ struct KlDivTopkArgs {
 // Codes of activation functions, the same as ACTIVATIONS in pykd/ops/activation.py.
 enum Activation : int { kNoActivation = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4 };
 
+// Linear layers that need no more scratch than this many float32 take it from their stack: then `scratch` may be null.
+constexpr int64_t kSmallScratch = 4096;
+
 // 4-bit codes, the same as CODES in pykd/ops/int4_r16.py.
 enum Code4 : int { kInt4 = 0, kUint4 = 1, kCodebook4 = 2 };
 

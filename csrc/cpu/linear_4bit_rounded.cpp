@@ -194,7 +194,10 @@ void run(const Linear4bitArgs& a) {
 
 }  // namespace
 
-void linear_4bit_rounded(const Linear4bitArgs& a) {
+void linear_4bit_rounded(const Linear4bitArgs& args) {
+  alignas(64) float small[kSmallScratch];
+  Linear4bitArgs a = args;
+  if (!a.scratch) a.scratch = small;
   if (a.dtype == kFloat32)
     run<float>(a);
   else if (a.dtype == kBFloat16)

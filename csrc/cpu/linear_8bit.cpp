@@ -257,7 +257,10 @@ void run(const Linear8bitArgs& a) {
 
 }  // namespace
 
-void linear_8bit(const Linear8bitArgs& a) {
+void linear_8bit(const Linear8bitArgs& args) {
+  alignas(64) float small[kSmallScratch];
+  Linear8bitArgs a = args;
+  if (!a.scratch) a.scratch = small;
   if (a.dtype == kFloat32)
     run<float>(a);
   else if (a.dtype == kBFloat16)

@@ -48,6 +48,8 @@ def _load_native() -> tuple[ModuleType | None, str]:
 native: Any
 native, native_error = _load_native()
 
+_SMALL_SCRATCH: int = native.linear_small_scratch if native is not None else 0
+
 
 def dtype_code(tensor: torch.Tensor) -> int:
     """The code that the native kernels use for the tensor's element type."""
@@ -72,6 +74,11 @@ def skips_dispatcher(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def scratch_for(elements: int) -> torch.Tensor | None:
+    """Scratch memory of a native linear layer, in float32 elements; None for so little that it has it on its stack."""
+    return None if elements <= _SMALL_SCRATCH else torch.empty(elements)
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from pykd.ops.dispatch import (
     lib,
     native,
     num_threads,
+    scratch_for,
     skips_dispatcher,
     triton_available,
 )
@@ -173,7 +174,7 @@ def _check(
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias must have shape [{out}], one per output, got {list(bias.shape)}")
     if scales is None:
-        size = packed_bytes(out, x.shape[-1], group_size, code=code)
+        size = _packed_bytes(out, x.shape[-1], group_size, code)
         if qweight.shape != (size,):
             raise ValueError(
                 f"a weight in the CPU layout for {out} x {x.shape[-1]}, group_size {group_size}, {code} has {size} "
@@ -211,6 +212,11 @@ def _reference(
 
 
 @functools.cache
+def _packed_bytes(out_features: int, in_features: int, group_size: int, code: str) -> int:
+    return packed_bytes(out_features, in_features, group_size, code=code)
+
+
+@functools.cache
 def _scratch_per_row(in_features: int, group_size: int, inputs: str) -> int:
     """float32 elements: see `scratch` of Linear4bitArgs in csrc/ops.h."""
     groups = groups_of(in_features, group_size)
@@ -242,7 +248,7 @@ def _cpu(
     y = torch.empty(rows, out_features, dtype=x.dtype)
     if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    scratch = torch.empty(min(rows, native.linear_4bit_rows) * _scratch_per_row(features, group_size, inputs))
+    scratch = scratch_for(min(rows, native.linear_4bit_rows) * _scratch_per_row(features, group_size, inputs))
     table = codebook(code, qweight.device)
     native.linear_4bit(
         flat.data_ptr(),
@@ -251,7 +257,7 @@ def _cpu(
         0 if table is None else table.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        scratch.data_ptr(),
+        0 if scratch is None else scratch.data_ptr(),
         rows,
         features,
         out_features,

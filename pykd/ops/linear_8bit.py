@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pykd.errors import nearest
 from pykd.ops.activation import ACTIVATIONS, activate, activation_gradient, check_activation
-from pykd.ops.dispatch import DTYPE_CODES, TABLE, Route, lib, native, num_threads, skips_dispatcher
+from pykd.ops.dispatch import DTYPE_CODES, TABLE, Route, lib, native, num_threads, scratch_for, skips_dispatcher
 from pykd.ops.int8_r16 import packed_bytes, unpack_r16
 
 TABLE.extend(
@@ -179,14 +179,14 @@ def _cpu(
     if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     quads = -(-features // 4)
-    scratch = torch.empty(min(rows, native.linear_8bit_rows) * (1 + quads if rounds else 4 * quads))
+    scratch = scratch_for(min(rows, native.linear_8bit_rows) * (1 + quads if rounds else 4 * quads))
     native.linear_8bit(
         flat.data_ptr(),
         flat.stride(0),
         packed.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        scratch.data_ptr(),
+        0 if scratch is None else scratch.data_ptr(),
         rows,
         features,
         out_features,

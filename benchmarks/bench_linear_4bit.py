@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pykd.nn import Linear4bit
 from pykd.nn.codecs.eight_bit import quantize_8bit
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.ops.int4_r16 import dequantize, pack_r16, unpack_nibbles
@@ -228,3 +229,23 @@ def test_ratios(shape: tuple[int, int], rows: int, capsys: pytest.CaptureFixture
         lines.insert(-1, f"{ours} {median_us:.0f} us = {text}")
     with capsys.disabled():
         print(f"\n{shape[0]} x {shape[1]}, rows {rows}: " + "\n  ".join([*lines[:-1], f"errors: {lines[-1]}"]))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "nf4"])
+def test_cost_of_a_call(scheme: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A 1 x 64 x 64 call is all overhead: the layer's time over that of torch.nn.functional.linear."""
+    linear, x = torch.nn.Linear(64, 64), torch.randn(1, 64)
+    layer = Linear4bit.from_linear(linear, scheme=scheme)
+    calls = {"torch": lambda: F.linear(x, linear.weight, linear.bias), scheme: lambda: layer(x)}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for _ in range(10 * ROUNDS):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                for _ in range(100):
+                    call()
+                times[name].append((time.perf_counter() - start) / 100)
+    ratio = statistics.median(a / b for a, b in zip(times[scheme], times["torch"], strict=True))
+    with capsys.disabled():
+        print(f"\n1 x 64 x 64: Linear4bit {scheme} {min(times[scheme]) * 1e6:.1f} us = {ratio:.2f} of F.linear")
+    assert ratio > 0

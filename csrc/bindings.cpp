@@ -179,7 +179,7 @@ PYBIND11_MODULE(_C, m) {
       "linear_4bit",
       [](uintptr_t x, int64_t x_stride, uintptr_t packed, uintptr_t codebook, uintptr_t bias, uintptr_t y,
          uintptr_t scratch, int64_t rows, int64_t in_features, int64_t out_features, int64_t group_size, int code,
-         bool rounds, int activation, int dtype, int bias_dtype, int threads) {
+         bool wide_scales, bool rounds, int activation, int dtype, int bias_dtype, int threads) {
         pykd::Linear4bitArgs args{};
         args.x = reinterpret_cast<const void*>(x);
         args.x_stride = x_stride;
@@ -193,6 +193,7 @@ PYBIND11_MODULE(_C, m) {
         args.out_features = out_features;
         args.group_size = group_size;
         args.code = code;
+        args.wide_scales = wide_scales;
         args.activation = activation;
         args.dtype = dtype;
         args.bias_dtype = bias_dtype;

@@ -85,6 +85,7 @@ struct Linear4bitArgs {
   float* scratch;         // [n, padded_k], rounded: [n, padded_k / 4 + 3 * folds], n = min(rows, kLinear4bitRows)
   int64_t rows, in_features, out_features, group_size;
   int code;               // Code4
+  int wide_scales;        // 1: the layout holds float32 scales, 0: float16
   int activation;         // Activation, of the result
   int dtype, bias_dtype;  // DType
   int threads;

@@ -64,7 +64,7 @@ void tile(Decoder decoder, const Int4R16& s, const uint8_t* strip, int row, cons
   const uint8_t* block = strip + s.zero_bytes;
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t eights = s.size(g) / 8;
-    const uint8_t* line = block + kScaleBytes + row * 4;
+    const uint8_t* line = block + s.scale_bytes + row * 4;
     F32 sum[NV][MR];
     for (int i = 0; i < NV; ++i) {
       decoder.group(i, strip + g * kStrip + row + i * kWidth);
@@ -82,15 +82,14 @@ void tile(Decoder decoder, const Int4R16& s, const uint8_t* strip, int row, cons
       multiply<6>(decoder, words, panel, sum);
       multiply<7>(decoder, words, panel, sum);
     }
-    const F16* scales = reinterpret_cast<const F16*>(block) + row;
     for (int i = 0; i < NV; ++i) {
-      const F32 scale = load(scales + i * kWidth);
+      const F32 scale = s.scales(block, row + i * kWidth);
       for (int m = 0; m < MR; ++m) {
         float* target = total + m * kStrip + row + i * kWidth;
         store(target, fma(sum[i][m], scale, load(target)));
       }
     }
-    block += kScaleBytes + eights * 4 * kStrip;
+    block += s.scale_bytes + eights * 4 * kStrip;
   }
 }
 
@@ -129,10 +128,10 @@ void decode_slab(Decoder decoder, const Int4R16& s, const uint8_t* strip, int ro
     const int64_t start = g * s.padded_group, end = start + s.size(g);
     F32 scale[kSlabVectors];
     for (int i = 0; i < kSlabVectors; ++i) {
-      scale[i] = load(reinterpret_cast<const F16*>(block) + row + i * kWidth);
+      scale[i] = s.scales(block, row + i * kWidth);
       decoder.group(i, zeros + g * zero_step + row + i * kWidth);
     }
-    const uint8_t* line = block + kScaleBytes + (k - start) / 8 * (4 * kStrip) + row * 4;
+    const uint8_t* line = block + s.scale_bytes + (k - start) / 8 * (4 * kStrip) + row * 4;
     for (; k < last && k < end; k += 8, line += 4 * kStrip, slab += 8 * kSlabOutputs)
       for (int i = 0; i < kSlabVectors; ++i) {
         const Words words = load_words(line + i * kWidth * 4);

@@ -104,7 +104,7 @@ void tile(const Piece& piece, int row, Prefetch& stream, float* total) {
     for (int m = 0; m < MR; ++m) sums[i][m] = load(total + m * kStrip + row + i * kWidth);
   for (int64_t g = piece.begin; g < piece.end; ++g) {
     const int64_t size = piece.s.size(g);
-    const uint8_t* line = block + kScaleBytes + row * 4;
+    const uint8_t* line = block + piece.s.scale_bytes + row * 4;
     for (int64_t k = 0; k < size; k += kFoldAt, notes += 3 * MR) {
       Sum sum[NV][MR];
       for (int m = 0; m < MR; ++m) {
@@ -123,7 +123,7 @@ void tile(const Piece& piece, int row, Prefetch& stream, float* total) {
         multiply(w, codes + 4 * MR, sum);
       }
       for (int i = 0; i < NV; ++i) {
-        const F32 scale = load(reinterpret_cast<const F16*>(block) + row + i * kWidth);
+        const F32 scale = piece.s.scales(block, row + i * kWidth);
         F32 zero = set1(0.0f);
         if constexpr (kZeros) zero = sub(load_bytes(piece.strip + g * kStrip + row + i * kWidth), set1(8.0f));
         for (int m = 0; m < MR; ++m) {
@@ -133,7 +133,7 @@ void tile(const Piece& piece, int row, Prefetch& stream, float* total) {
         }
       }
     }
-    block += kScaleBytes + size * (kStrip / 2);
+    block += piece.s.scale_bytes + size * (kStrip / 2);
   }
   stream = prefetch;
   for (int i = 0; i < NV; ++i)
@@ -156,7 +156,7 @@ void rounded_rows(const Linear4bitArgs& a, const Int4R16& s, int64_t first, int6
   const Panels panels(rows, kCodeRows);
   const Activations x(a, s, rows);
   round_panels<T>(a, s, panels, x, first);
-  const int64_t group_bytes = kScaleBytes + s.padded_group * (kStrip / 2);
+  const int64_t group_bytes = s.scale_bytes + s.padded_group * (kStrip / 2);
   const int64_t step = group_bytes < kCachedBytes ? kCachedBytes / group_bytes : 1;
   for_strips(s.strips, s.padded_k, a.threads, panels, [&](int64_t item, int64_t begin, int64_t end) {
     alignas(64) float total[kLinear4bitRows * kStrip];

@@ -14,7 +14,7 @@ from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.nn.compressed import CompressedModule
 from pykd.ops.activation import check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
-from pykd.ops.dispatch import native
+from pykd.ops.dispatch import DTYPE_CODES, native
 from pykd.ops.int4_r16 import (
     CODEBOOK,
     PAD_CODE,
@@ -83,6 +83,7 @@ class Weight4bit(CompressedModule):
         self.code = code
         self.inputs = "int8" if scheme in ROUNDING_4BIT else "keep"
         self.nnz: int | None = None
+        self.scales_dtype = torch.float16
 
     def _take(self, tensors: FourBit, dtype: torch.dtype) -> None:
         """Register canonical tensors in the smaller of the two ways; ValueError where they do not fit the layer."""
@@ -96,7 +97,9 @@ class Weight4bit(CompressedModule):
                     f"{name} must be {wanted} for {self.rows} x {self.columns} weights in {self.code} with group size "
                     f"{self.group_size}, got {got}"
                 )
-        self.dtype = dtype
+        self.dtype, self.scales_dtype = dtype, tensors.scales.dtype
+        if self.scales_dtype not in DTYPE_CODES:
+            raise ValueError(f"scales must be float16, bfloat16 or float32, got {self.scales_dtype}")
         kept = int(self._kept(tensors).sum())
         sparse_bytes = self.rows * -(-self.columns // 8) + -(-kept // 2)
         self.nnz = kept if sparse_bytes < tensors.qweight.numel() else None
@@ -111,6 +114,7 @@ class Weight4bit(CompressedModule):
     def _register_empty(self, spec: dict[str, Any], device: torch.device | str | None) -> None:
         """Zero-filled canonical tensors of the shapes that `spec` says."""
         self.dtype, self.nnz = getattr(torch, spec["dtype"]), spec["nnz"]
+        self.scales_dtype = getattr(torch, spec.get("scales_dtype", "float16"))
         groups = groups_of(self.columns, self.group_size).number
         shapes: dict[str, tuple[int, ...]] = {"qweight": (self.rows, -(-self.columns // 2))}
         if self.nnz is not None:
@@ -118,15 +122,17 @@ class Weight4bit(CompressedModule):
         if not self.symmetric:
             shapes["zeros"] = (self.rows, -(-groups // 2))
         tensors = {name: torch.zeros(shape, dtype=torch.uint8, device=device) for name, shape in shapes.items()}
-        self._register({**tensors, "scales": torch.zeros(self.rows, groups, dtype=torch.float16, device=device)})
+        self._register({**tensors, "scales": torch.zeros(self.rows, groups, dtype=self.scales_dtype, device=device)})
 
     def _spec(self) -> dict[str, Any]:
+        scales = {} if self.scales_dtype == torch.float16 else {"scales_dtype": _name(self.scales_dtype)}
         return {
             "scheme": self.scheme,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
             "nnz": self.nnz,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": _name(self.dtype),
+            **scales,
         }
 
     def _matrix(self) -> Tensor:
@@ -158,7 +164,8 @@ class Weight4bit(CompressedModule):
         buffers = self._buffers
         packed, scales, zeros = buffers.get("packed"), buffers.get("scales"), buffers.get("zeros")
         if packed is not None:
-            return FourBit(*unpack_r16(packed, out_features=self.rows, **self._sizes()))
+            qweight, held, points = unpack_r16(packed, out_features=self.rows, **self._sizes())
+            return FourBit(qweight, held.to(self.scales_dtype), points)
         assert scales is not None
         if "qweight" in buffers:
             return FourBit(self.qweight, scales, zeros)
@@ -218,6 +225,10 @@ class Weight4bit(CompressedModule):
 
     def _canonical(self) -> dict[str, Tensor]:
         return self._stored(self._tensors()) if self._has_layout() else {}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Linear4bit(Weight4bit):
@@ -281,8 +292,8 @@ class Linear4bit(Weight4bit):
     ) -> Self:
         """The layer with codes that were chosen elsewhere, and the bias of `linear`.
 
-        tensors: canonical, see `pykd.ops.int4_r16`; `zeros` exactly when not symmetric. Raises ValueError where their
-        shapes do not fit the layer.
+        tensors: canonical, see `pykd.ops.int4_r16`; `zeros` exactly when not symmetric. Scales keep their type in
+        files: float16, bfloat16 or float32. Raises ValueError where the tensors do not fit the layer.
 
         >>> linear = nn.Linear(64, 16)
         >>> tensors = quantize_4bit(linear.weight, code="nf4", group_size=32)

@@ -52,7 +52,8 @@ def embedding_4bit(
     check_ids(ids)
     want: tuple[int, ...] = (rows, -(-embedding_dim // 2))
     if scales is None:
-        want = (packed_bytes(rows, embedding_dim, group_size, code=code),)
+        wide = packed_bytes(rows, embedding_dim, group_size, code=code, wide_scales=True)
+        want = (wide if qweight.numel() == wide else packed_bytes(rows, embedding_dim, group_size, code=code),)
     if qweight.shape != want:
         raise ValueError(
             f"{rows} rows of {embedding_dim} in {code} with group_size {group_size} need qweight {list(want)}, got "
@@ -97,7 +98,7 @@ def _lookup(
     flat = ids.reshape(-1)
     check_range(flat, num_embeddings)
     if scales is None:
-        sizes = {"in_features": embedding_dim, "group_size": group_size}
+        sizes = {"out_features": num_embeddings, "in_features": embedding_dim, "group_size": group_size}
         parts = rows_r16(qweight, flat.long(), code=code, **sizes)
     else:
         parts = (

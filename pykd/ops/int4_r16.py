@@ -1,12 +1,14 @@
 """4-bit weights as tensors: their codes, the canonical layout of files, and `int4_r16`, the layout of the CPU kernel.
 
 Canonical: `qweight` uint8 [out_features, ceil(in_features / 2)], two codes a byte, even k in the low half; `scales`
-float16 [out_features, groups]; for `uint4` also `zeros` uint8 [out_features, ceil(groups / 2)], packed alike.
+float16 (or bfloat16, float32) [out_features, groups]; for `uint4` also `zeros` uint8 [out_features, ceil(groups / 2)],
+packed alike.
 
 `int4_r16`: one uint8 vector that the kernel reads as a single stream. A strip is 32 output rows: for `uint4` first its
-zero points (a byte each, groups x 32, padded to 64), then one block per group: 32 float16 scales, then for every 8 k
-two lines of 64 bytes, one for rows 0-15 and one for rows 16-31, in which byte `4 * row + j` holds the code of k0 + j in
-its low and of k0 + 4 + j in its high half. Groups are padded to 8 k and strips to 32 rows.
+zero points (a byte each, groups x 32, padded to 64), then one block per group: 32 scales, float16 where that holds all
+scales of the weight exactly, else float32; then for every 8 k two lines of 64 bytes, one for rows 0-15 and one for rows
+16-31, in which byte `4 * row + j` holds the code of k0 + j in its low and of k0 + 4 + j in its high half. Groups are
+padded to 8 k and strips to 32 rows. The vector's size says which scales there are.
 """
 
 from __future__ import annotations
@@ -144,9 +146,10 @@ def dequantize(
     return values * scales.float().repeat_interleave(size, dim=1)[:, :in_features]
 
 
-def packed_bytes(out_features: int, in_features: int, group_size: int, *, code: str) -> int:
+def packed_bytes(out_features: int, in_features: int, group_size: int, *, code: str, wide_scales: bool = False) -> int:
     """Size of the `int4_r16` vector."""
-    return -(-out_features // STRIP) * _strip_bytes(groups_of(in_features, group_size), code == "uint4")
+    groups = groups_of(in_features, group_size)
+    return -(-out_features // STRIP) * _Strip.of(groups, code == "uint4", wide_scales).size
 
 
 def pack_r16(qweight: Tensor, scales: Tensor, zeros: Tensor | None, *, in_features: int, group_size: int) -> Tensor:
@@ -155,16 +158,20 @@ def pack_r16(qweight: Tensor, scales: Tensor, zeros: Tensor | None, *, in_featur
     rows = qweight.shape[0]
     strips = -(-rows // STRIP)
     fill = strips * STRIP - rows
-    packed = qweight.new_zeros(strips, _strip_bytes(groups, zeros is not None))
-    blocks, last = _views(packed, groups, zeros is not None)
+    halves = scales.half()
+    wide = not torch.equal(halves.to(scales.dtype), scales)
+    strip = _Strip.of(groups, zeros is not None, wide)
+    packed = qweight.new_zeros(strips, strip.size)
+    blocks, last = _views(packed, groups, strip)
     codes = _pad_groups(unpack_nibbles(qweight, in_features), groups)
     codes = F.pad(codes, (0, 0, 0, fill), value=PAD_CODE).view(strips, STRIP, groups.padded_k // 8, 2, 4)
     lines = (codes[:, :, :, 0] | (codes[:, :, :, 1] << 4)).permute(0, 2, 1, 3)
-    scale_bytes = F.pad(scales, (0, 0, 0, fill)).view(strips, STRIP, -1).transpose(1, 2).contiguous().view(torch.uint8)
-    blocks[:, :, :64] = scale_bytes[:, :-1]
-    blocks[:, :, 64:] = lines[:, : -(groups.padded_last // 8)].reshape(blocks[:, :, 64:].shape)
-    last[:, :64] = scale_bytes[:, -1]
-    last[:, 64:] = lines[:, -(groups.padded_last // 8) :].flatten(1)
+    held = F.pad(scales.float() if wide else halves, (0, 0, 0, fill)).view(strips, STRIP, -1)
+    scale_bytes, head = held.transpose(1, 2).contiguous().view(torch.uint8), strip.scales
+    blocks[:, :, :head] = scale_bytes[:, :-1]
+    blocks[:, :, head:] = lines[:, : -(groups.padded_last // 8)].reshape(blocks[:, :, head:].shape)
+    last[:, :head] = scale_bytes[:, -1]
+    last[:, head:] = lines[:, -(groups.padded_last // 8) :].flatten(1)
     if zeros is not None:
         points = F.pad(unpack_nibbles(zeros, groups.number), (0, 0, 0, fill)).view(strips, STRIP, -1)
         packed[:, : groups.number * STRIP] = points.transpose(1, 2).reshape(strips, -1)
@@ -174,15 +181,16 @@ def pack_r16(qweight: Tensor, scales: Tensor, zeros: Tensor | None, *, in_featur
 def unpack_r16(
     packed: Tensor, *, out_features: int, in_features: int, group_size: int, code: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`int4_r16` -> exactly the canonical tensors that it was made from."""
+    """`int4_r16` -> exactly the canonical tensors that it was made from, scales in the type that it holds them in."""
     groups = groups_of(in_features, group_size)
     asymmetric = code == "uint4"
-    packed = packed.view(-1, _strip_bytes(groups, asymmetric))
-    strips = packed.shape[0]
-    blocks, last = _views(packed, groups, asymmetric)
-    scale_bytes = torch.cat((blocks[:, :, :64], last[:, None, :64]), dim=1).contiguous()
-    scales = scale_bytes.view(torch.float16).transpose(1, 2).reshape(strips * STRIP, -1)[:out_features].contiguous()
-    lines = torch.cat((blocks[:, :, 64:].flatten(1), last[:, 64:]), dim=1).view(strips, -1, STRIP, 4)
+    strips = -(-out_features // STRIP)
+    strip = _Strip.find(packed.numel() // strips, groups, asymmetric)
+    packed, head = packed.view(strips, -1), strip.scales
+    blocks, last = _views(packed, groups, strip)
+    scale_bytes = torch.cat((blocks[:, :, :head], last[:, None, :head]), dim=1).contiguous()
+    scales = scale_bytes.view(strip.dtype).transpose(1, 2).reshape(strips * STRIP, -1)[:out_features].contiguous()
+    lines = torch.cat((blocks[:, :, head:].flatten(1), last[:, head:]), dim=1).view(strips, -1, STRIP, 4)
     codes = torch.stack((lines & 15, lines >> 4), dim=3).permute(0, 2, 1, 3, 4).reshape(strips * STRIP, -1)
     qweight = pack_nibbles(_unpad_groups(codes[:out_features], groups, in_features))
     if not asymmetric:
@@ -192,42 +200,60 @@ def unpack_r16(
 
 
 def rows_r16(
-    packed: Tensor, rows: Tensor, *, in_features: int, group_size: int, code: str
+    packed: Tensor, rows: Tensor, *, out_features: int, in_features: int, group_size: int, code: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The canonical tensors of some output rows, int64 [n], as `unpack_r16` gives them; no other row is read."""
     groups = groups_of(in_features, group_size)
     asymmetric = code == "uint4"
-    packed = packed.view(-1, _strip_bytes(groups, asymmetric))
-    blocks, last = _views(packed, groups, asymmetric)
+    packed = packed.view(-(-out_features // STRIP), -1)
+    form = _Strip.find(packed.shape[1], groups, asymmetric)
+    head, size = form.scales, form.scales // STRIP
+    blocks, last = _views(packed, groups, form)
     strip, row = rows // STRIP, rows % STRIP
     count = groups.number - 1
-    scales = blocks[:, :, :64].view(-1, count, STRIP, 2)[strip, :, row] if count else packed.new_empty(len(rows), 0, 2)
-    scales = torch.cat((scales, last[:, :64].view(-1, 1, STRIP, 2)[strip, :, row]), dim=1)
-    lines = last[:, 64:].view(-1, groups.padded_last // 8, STRIP, 4)[strip, :, row]
+    scales = packed.new_empty(len(rows), 0, size)
     if count:
-        first = blocks[:, :, 64:].view(-1, count, groups.padded // 8, STRIP, 4)[strip, :, :, row]
+        scales = blocks[:, :, :head].view(-1, count, STRIP, size)[strip, :, row]
+    scales = torch.cat((scales, last[:, :head].view(-1, 1, STRIP, size)[strip, :, row]), dim=1)
+    lines = last[:, head:].view(-1, groups.padded_last // 8, STRIP, 4)[strip, :, row]
+    if count:
+        first = blocks[:, :, head:].view(-1, count, groups.padded // 8, STRIP, 4)[strip, :, :, row]
         lines = torch.cat((first.flatten(1, 2), lines), dim=1)
     codes = torch.stack((lines & 15, lines >> 4), dim=2).flatten(1)
     qweight = pack_nibbles(_unpad_groups(codes, groups, in_features))
     points = None
     if asymmetric:
         points = packed[:, : groups.number * STRIP].view(-1, groups.number, STRIP)[strip, :, row]
-    return qweight, scales.view(torch.float16).squeeze(2), None if points is None else pack_nibbles(points)
+    return qweight, scales.view(form.dtype).squeeze(2), None if points is None else pack_nibbles(points)
 
 
-def _strip_bytes(groups: Groups, asymmetric: bool) -> int:
-    return _zero_bytes(groups, asymmetric) + groups.number * 2 * STRIP + groups.padded_k * STRIP // 2
+class _Strip(NamedTuple):
+    """Bytes of a strip: all, of its zero points, and of the scales of one of its blocks, which are of `dtype`."""
+
+    size: int
+    zeros: int
+    scales: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, groups: Groups, asymmetric: bool, wide_scales: bool) -> _Strip:
+        zeros = -(-groups.number * STRIP // 64) * 64 if asymmetric else 0
+        scales = (4 if wide_scales else 2) * STRIP
+        size = zeros + groups.number * scales + groups.padded_k * STRIP // 2
+        return cls(size, zeros, scales, torch.float32 if wide_scales else torch.float16)
+
+    @classmethod
+    def find(cls, size: int, groups: Groups, asymmetric: bool) -> _Strip:
+        """By its size: which scales it holds."""
+        narrow = cls.of(groups, asymmetric, False)
+        return narrow if size == narrow.size else cls.of(groups, asymmetric, True)
 
 
-def _zero_bytes(groups: Groups, asymmetric: bool) -> int:
-    return -(-groups.number * STRIP // 64) * 64 if asymmetric else 0
-
-
-def _views(packed: Tensor, groups: Groups, asymmetric: bool) -> tuple[Tensor, Tensor]:
+def _views(packed: Tensor, groups: Groups, strip: _Strip) -> tuple[Tensor, Tensor]:
     """All blocks but the last as [strips, groups - 1, bytes], and the last as [strips, bytes]."""
-    size = 64 + groups.padded * STRIP // 2
-    start, end = _zero_bytes(groups, asymmetric), packed.shape[1] - 64 - groups.padded_last * STRIP // 2
-    return packed[:, start:end].view(packed.shape[0], groups.number - 1, size), packed[:, end:]
+    size = strip.scales + groups.padded * STRIP // 2
+    end = strip.size - strip.scales - groups.padded_last * STRIP // 2
+    return packed[:, strip.zeros : end].view(packed.shape[0], groups.number - 1, size), packed[:, end:]
 
 
 def _pad_groups(codes: Tensor, groups: Groups) -> Tensor:

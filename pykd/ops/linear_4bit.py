@@ -124,7 +124,7 @@ def linear_4bit(
         x: activations [..., in_features]; float32, bfloat16, float16 (float64 runs the reference). Any strides.
         qweight: canonical codes, uint8 [out_features, ceil(in_features / 2)], with `scales`; or, without `scales`, the
             CPU layout that `pykd.ops.int4_r16.pack_r16` makes, which already holds scales and zero points.
-        scales: float16 [out_features, groups].
+        scales: float16, bfloat16 or float32 [out_features, groups].
         zeros: for `uint4`: uint8 [out_features, ceil(groups / 2)].
         bias: [out_features], floating point.
         code: "int4", "uint4", "nf4", "fp4", or a table of your own, named by `pykd.ops.int4_r16.codebook_code`.
@@ -174,11 +174,13 @@ def _check(
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias must have shape [{out}], one per output, got {list(bias.shape)}")
     if scales is None:
-        size = _packed_bytes(out, x.shape[-1], group_size, code)
-        if qweight.shape != (size,):
+        sizes_of = _packed_sizes if torch.compiler.is_compiling() else _remembered_sizes
+        sizes = sizes_of(out, x.shape[-1], group_size, code)
+        if qweight.dim() != 1 or qweight.shape[0] not in sizes:
             raise ValueError(
-                f"a weight in the CPU layout for {out} x {x.shape[-1]}, group_size {group_size}, {code} has {size} "
-                f"bytes, got {list(qweight.shape)}: pass the sizes that it was packed with"
+                f"a weight in the CPU layout for {out} x {x.shape[-1]}, group_size {group_size}, {code} has {sizes[0]} "
+                f"bytes ({sizes[1]} with float32 scales), got {list(qweight.shape)}: pass the sizes that it was "
+                "packed with"
             )
         return
     groups = groups_of(x.shape[-1], group_size).number
@@ -187,6 +189,8 @@ def _check(
             f"x with {x.shape[-1]} features and group_size {group_size} needs qweight [{out}, {-(-x.shape[-1] // 2)}] "
             f"and scales [{out}, {groups}], got {list(qweight.shape)} and {list(scales.shape)}"
         )
+    if scales.dtype not in DTYPE_CODES:
+        raise ValueError(f"scales must be float16, bfloat16 or float32, got {scales.dtype}")
     if (zeros is not None) != (code == "uint4") or (zeros is not None and zeros.shape != (out, -(-groups // 2))):
         raise ValueError(f"zeros of shape [{out}, {-(-groups // 2)}] go with code 'uint4' and with no other code")
 
@@ -211,9 +215,15 @@ def _reference(
     return linear_4bit_reference(x, qweight, scales, zeros, bias, code, group_size, inputs, activation)
 
 
-@functools.cache
-def _packed_bytes(out_features: int, in_features: int, group_size: int, code: str) -> int:
-    return packed_bytes(out_features, in_features, group_size, code=code)
+def _packed_sizes(out_features: int, in_features: int, group_size: int, code: str) -> tuple[int, int]:
+    """Bytes of the CPU layout with float16 scales and with float32 scales."""
+    narrow, wide = (
+        packed_bytes(out_features, in_features, group_size, code=code, wide_scales=wide) for wide in (False, True)
+    )
+    return narrow, wide
+
+
+_remembered_sizes = functools.cache(_packed_sizes)  # not for compilers, which warn of caches
 
 
 @functools.cache
@@ -263,6 +273,7 @@ def _cpu(
         out_features,
         group_size,
         code_number(code),
+        qweight.numel() != _remembered_sizes(out_features, features, group_size, code)[0],
         INPUTS[inputs],
         ACTIVATIONS[activation],
         DTYPE_CODES[x.dtype],
@@ -286,6 +297,8 @@ def _cuda(
     activation: str | None = None,
 ) -> Tensor:
     library = cuda_library()
+    if scales is not None and scales.dtype != torch.float16:
+        library = None  # its kernels read float16
     if scales is None or x.dtype not in DTYPE_CODES or not (library or triton_available()):
         return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs, activation)
     if INPUTS[inputs]:

@@ -16,16 +16,19 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 struct Weight {
   int64_t out, in, group, groups;
   int code;
+  bool wide;                          // float32 scales
+  std::vector<float> wide_scales;     // [out, groups]
   std::vector<uint8_t> codes, zeros;  // [out, in], [out, groups]
   std::vector<uint16_t> scales;       // float16 [out, groups]
   float codebook[16];
 
-  Weight(Random& random, int64_t out_features, int64_t in_features, int64_t group_size, int kind)
-      : out(out_features), in(in_features), group(std::min(group_size, in_features)), code(kind) {
+  Weight(Random& random, int64_t out_features, int64_t in_features, int64_t group_size, int kind, bool wide_ones)
+      : out(out_features), in(in_features), group(std::min(group_size, in_features)), code(kind), wide(wide_ones) {
     groups = (in + group - 1) / group;
     for (int64_t i = 0; i < out * in; ++i) codes.push_back(static_cast<uint8_t>(random.below(16)));
     for (int64_t i = 0; i < out * groups; ++i) {
       zeros.push_back(static_cast<uint8_t>(random.below(16)));
+      wide_scales.push_back(static_cast<float>(random.normal() * random.pick<double>({0.01, 1.0, 1e-9})));
       scales.push_back(encode_half(pykd::kFloat16, random.normal() * random.pick<double>({0.01, 1.0, 1e-6})));
     }
     for (float& level : codebook) level = static_cast<float>(random.normal());
@@ -37,7 +40,7 @@ struct Weight {
     const size_t g = at(row, column / group, groups);
     const int c = codes[at(row, column, in)];
     const double level = code == pykd::kInt4 ? c - 8 : code == pykd::kUint4 ? c - zeros[g] : codebook[c];
-    return level * decode_half(pykd::kFloat16, scales[g]);
+    return level * (wide ? wide_scales[g] : decode_half(pykd::kFloat16, scales[g]));
   }
 
   int64_t padded(int64_t g) const { return round_up(g + 1 < groups ? group : in - g * group, 8); }
@@ -46,8 +49,9 @@ struct Weight {
     const int64_t most = pykd::kLinear4bitFold;
     return (groups - 1) * (round_up(padded(0), most) / most) + round_up(padded(groups - 1), most) / most;
   }
+  int64_t scale_bytes() const { return wide ? 4 : 2; }
   int64_t zero_bytes() const { return code == pykd::kUint4 ? round_up(groups * kStrip, 64) : 0; }
-  int64_t strip_bytes() const { return zero_bytes() + groups * kStrip * 2 + padded_k() * kStrip / 2; }
+  int64_t strip_bytes() const { return zero_bytes() + groups * kStrip * scale_bytes() + padded_k() * kStrip / 2; }
   int64_t bytes() const { return round_up(out, kStrip) / kStrip * strip_bytes(); }
 
   void pack(uint8_t* packed) const {
@@ -58,8 +62,12 @@ struct Weight {
       const int64_t lane = row % kStrip;
       for (int64_t g = 0; g < groups; ++g) {
         if (code == pykd::kUint4) strip[g * kStrip + lane] = zeros[at(row, g, groups)];
-        std::memcpy(block + 2 * lane, &scales[at(row, g, groups)], 2);
-        uint8_t* lines = block + 2 * kStrip;
+        const size_t scale = at(row, g, groups);
+        if (wide)
+          std::memcpy(block + 4 * lane, &wide_scales[scale], 4);
+        else
+          std::memcpy(block + 2 * lane, &scales[scale], 2);
+        uint8_t* lines = block + scale_bytes() * kStrip;
         for (int64_t k = 0; k < group && g * group + k < in; ++k) {
           uint8_t& byte = lines[k / 8 * 4 * kStrip + 4 * lane + k % 4];
           byte = static_cast<uint8_t>(byte | codes[at(row, g * group + k, in)] << (k % 8 < 4 ? 0 : 4));
@@ -103,8 +111,10 @@ void run_case(Group& group, Random& random, const Weight& weight, Linear4bitArgs
   args.packed = packed.as<uint8_t>();
   args.codebook = weight.code == pykd::kCodebook4 ? codebook.as<float>() : nullptr;
   args.bias = with_bias ? bias.data() : nullptr;
+  args.wide_scales = weight.wide;
   args.y = y.data();
-  args.scratch = scratch.as<float>();
+  const bool small = scratch_row * std::min(rows, pykd::kLinear4bitRows) <= 4 * pykd::kSmallScratch;
+  args.scratch = small && with_bias ? nullptr : scratch.as<float>();
   rounds ? pykd::table().linear_4bit_rounded(args) : pykd::table().linear_4bit(args);
   std::vector<double> weights, inputs;
   for (int64_t i = 0; i < out * in; ++i) weights.push_back(weight.value(i / in, i % in));
@@ -159,7 +169,7 @@ void linear_4bit(const std::string& level) {
         group.begin("%lld rows, %lld outputs, %lld inputs, group %lld, threads %d", static_cast<long long>(shape.rows),
                     static_cast<long long>(shape.out), static_cast<long long>(shape.in),
                     static_cast<long long>(shape.group), args.threads);
-        const Weight weight(random, shape.out, shape.in, shape.group, code);
+        const Weight weight(random, shape.out, shape.in, shape.group, code, random.chance(0.3));
         run_case(group, random, weight, args, rounds, random.chance(0.6));
       }
     }
@@ -167,7 +177,7 @@ void linear_4bit(const std::string& level) {
   Group group(level + " linear_4bit, more rows than are packed at a time");
   for (const bool rounds : {false, true}) {
     group.begin("385 rows, int8 inputs: %d", rounds);
-    const Weight weight(random, 3, 9, 8, pykd::kUint4);
+    const Weight weight(random, 3, 9, 8, pykd::kUint4, false);
     Linear4bitArgs args{};
     args.rows = pykd::kLinear4bitRows + 1;
     args.in_features = args.x_stride = 9;

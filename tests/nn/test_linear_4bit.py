@@ -234,3 +234,24 @@ def test_an_activation_in_the_same_call(activation: str) -> None:
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown activation 'gelo': did you mean 'gelu'"):
         Linear4bit.from_linear(nn.Linear(8, 8), activation="gelo")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", [{}, {"scheme": "w4a8", "symmetric": False}], ids=str)
+def test_scales_keep_their_type(case: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    linear, plain = layer(case, zeros=0.7)
+    tensors = quantize_4bit(linear.weight, code=plain.code)
+    scales = (tensors.scales.float() * 1.001).to(dtype)
+    taken = Linear4bit.from_codes(linear, tensors._replace(scales=scales), **case)
+    assert taken.spec()["scales_dtype"] == str(dtype).removeprefix("torch.") and "scales_dtype" not in plain.spec()
+    state = taken.state_dict()
+    assert torch.equal(state["scales"], scales)
+    save_file(state, tmp_path / "layer.safetensors")
+    again = Linear4bit.from_spec(taken.spec())
+    again.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    x = torch.randn(4, 67)
+    assert torch.equal(again(x), taken(x)) and torch.equal(again.state_dict()["scales"], scales)
+    tolerance = 0.03 if case else 1e-5
+    torch.testing.assert_close(taken(x), taken.to_dense()(x), rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match="scales must be float16, bfloat16 or float32, got torch"):
+        Linear4bit.from_codes(linear, tensors._replace(scales=scales.double()), **case)

@@ -100,13 +100,14 @@ def test_a_tied_pair_is_one_weight(make: Make) -> None:
 
 
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
-def test_compiles_as_one_graph(make: Make) -> None:
+def test_compiles_as_one_graph_and_exports(make: Make) -> None:
     packed = make(embedding())
     head = TiedLinear(67, 45)
     head.tie(packed)
     model = nn.Sequential(packed, nn.LayerNorm(67), head)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IDS), model(IDS))
+    torch.testing.assert_close(torch.export.export(model, (IDS,)).module()(IDS), model(IDS))
 
 
 def test_repr_names_the_scheme() -> None:

@@ -80,6 +80,8 @@ def test_tied_weights_are_quantized_once_and_stay_tied(family: str, scheme: str,
         assert all(loaded.get_submodule(name).source is loaded.get_submodule(table) for name in partners)
     save_pretrained(loaded, tmp_path / "again")
     assert torch.equal(forward(from_pretrained(tmp_path / "again"), family), want)
+    loaded.save_pretrained(tmp_path / "by transformers")
+    assert torch.equal(forward(type(model).from_pretrained(tmp_path / "by transformers"), family), want)
     assert torch.equal(forward(copy.deepcopy(model), family), want)
 
 

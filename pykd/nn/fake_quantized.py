@@ -22,7 +22,7 @@ from pykd.nn.conv import _FIELDS, Conv2d4bit, Conv2d8bit
 from pykd.nn.linear_4bit import ROUNDING_4BIT, Linear4bit, code_of
 from pykd.nn.linear_8bit import Linear8bit
 from pykd.ops.int4_r16 import groups_of, unpack_nibbles
-from pykd.ops.linear_4bit import quantize_groups
+from pykd.ops.linear_4bit_reference import quantize_groups
 from pykd.ops.linear_8bit import SCHEMES_8BIT
 
 

@@ -3,33 +3,18 @@ and uint4 with activations rounded to int8 inside the call (w4a8)."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import importlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pykd.errors import nearest
-from pykd.ops.activation import ACTIVATIONS, activate, activation_gradient, check_activation
-from pykd.ops.dispatch import (
-    DTYPE_CODES,
-    TABLE,
-    Route,
-    check_cuda,
-    cuda_library,
-    cuda_stream,
-    lib,
-    native,
-    num_threads,
-    scratch_for,
-    skips_dispatcher,
-    triton_available,
-)
+from pykd.ops import linear_4bit_gpu
+from pykd.ops.activation import ACTIVATIONS, activation_gradient, check_activation
+from pykd.ops.dispatch import DTYPE_CODES, TABLE, Route, lib, native, num_threads, scratch_for, skips_dispatcher
 from pykd.ops.int4_r16 import code_number, codebook, dequantize, groups_of, packed_bytes, unpack_r16
-from pykd.ops.linear_8bit import quantize_rows
+from pykd.ops.linear_4bit_reference import INPUTS, reference
 
 TABLE.extend(
     [
@@ -42,12 +27,6 @@ TABLE.extend(
     ]
 )
 
-#: Up to this many rows the CUDA kernel streams the weight once per call; beyond, Triton's tiles reuse it.
-CUDA_ROWS = 8
-
-#: How activations enter the products: as they are, or rounded to int8 with a scale per row and group.
-INPUTS: dict[str, bool] = {"keep": False, "int8": True}
-
 lib.define(  # type: ignore[no-untyped-call]
     "linear_4bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? zeros, Tensor? bias, str code, "
     "int out_features, int group_size, str inputs='keep', str? activation=None) -> Tensor"
@@ -56,45 +35,6 @@ lib.define(  # type: ignore[no-untyped-call]
     "dequantize_4bit(Tensor qweight, Tensor? scales, Tensor? zeros, str code, int out_features, int in_features, "
     "int group_size) -> Tensor"
 )
-
-
-def quantize_groups(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Dynamic quantization of activations [rows, in_features]: int8 in -127..127, and float32 scales [rows, groups].
-
-    Each group of a row as a row in `pykd.ops.linear_8bit.quantize_rows`: scale = absmax / 127, NaN where the group
-    holds NaN or infinity.
-    """
-    size, groups, _, _ = groups_of(x.shape[1], group_size)
-    padded = F.pad(x, (0, size * groups - x.shape[1]))
-    codes, scales = quantize_rows(padded.reshape(-1, size))
-    return codes.view(padded.shape)[:, : x.shape[1]], scales.view(x.shape[0], groups)
-
-
-def _rounded(x: Tensor, group_size: int) -> Tensor:
-    """x as `quantize_groups` leaves it: code * scale, in float32 or float64."""
-    codes, scales = quantize_groups(x.reshape(-1, x.shape[-1]), group_size)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    size = groups_of(x.shape[-1], group_size).size
-    return (codes.to(wide) * scales.to(wide).repeat_interleave(size, dim=1)[:, : x.shape[-1]]).view(x.shape)
-
-
-def linear_4bit_reference(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    code: str,
-    group_size: int,
-    inputs: str = "keep",
-    activation: str | None = None,
-) -> Tensor:
-    """activation(x W^T + bias) in float32 (or float64, as x) with the dequantized weight; the result in x's dtype."""
-    weight = dequantize(qweight, scales, zeros, code=code, in_features=x.shape[-1], group_size=group_size)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    value = _rounded(x, group_size) if INPUTS[inputs] else x.to(wide)
-    y = F.linear(value, weight.to(wide), None if bias is None else bias.to(wide))
-    return activate(y, activation).to(x.dtype)
 
 
 def linear_4bit(
@@ -195,26 +135,6 @@ def _check(
         raise ValueError(f"zeros of shape [{out}, {-(-groups // 2)}] go with code 'uint4' and with no other code")
 
 
-@torch.library.impl(lib, "linear_4bit", "CompositeExplicitAutograd")
-def _reference(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    code: str,
-    out_features: int,
-    group_size: int,
-    inputs: str = "keep",
-    activation: str | None = None,
-) -> Tensor:
-    if scales is None:
-        qweight, scales, zeros = unpack_r16(
-            qweight, out_features=out_features, in_features=x.shape[-1], group_size=group_size, code=code
-        )
-    return linear_4bit_reference(x, qweight, scales, zeros, bias, code, group_size, inputs, activation)
-
-
 def _packed_sizes(out_features: int, in_features: int, group_size: int, code: str) -> tuple[int, int]:
     """Bytes of the CPU layout with float16 scales and with float32 scales."""
     narrow, wide = (
@@ -251,7 +171,7 @@ def _cpu(
     activation: str | None = None,
 ) -> Tensor:
     if native is None or scales is not None or x.dtype not in DTYPE_CODES:
-        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs, activation)
+        return reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs, activation)
     features = x.shape[-1]
     flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, features).contiguous()
     rows = flat.shape[0]
@@ -283,70 +203,8 @@ def _cpu(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
-@torch.library.impl(lib, "linear_4bit", "CUDA")
-def _cuda(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    code: str,
-    out_features: int,
-    group_size: int,
-    inputs: str = "keep",
-    activation: str | None = None,
-) -> Tensor:
-    library = cuda_library()
-    if scales is not None and scales.dtype != torch.float16:
-        library = None  # its kernels read float16
-    if scales is None or x.dtype not in DTYPE_CODES or not (library or triton_available()):
-        return _reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs, activation)
-    if INPUTS[inputs]:
-        value = _rounded(x, group_size)
-        return _cuda(value, qweight, scales, zeros, bias, code, out_features, group_size, activation=activation).to(
-            x.dtype
-        )
-    flat = x.reshape(-1, x.shape[-1])
-    flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    qweight, scales, zeros = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    table = codebook(code, x.device)
-    if triton_available() and (library is None or flat.shape[0] > CUDA_ROWS):
-        kernel = importlib.import_module("pykd.kernels.linear_4bit")
-
-        y: Tensor = kernel.linear_4bit(flat, qweight, scales, zeros, table, bias, code=code, group_size=group_size)
-    else:
-        y = _launch(library, flat, qweight, scales, zeros, table, bias, code, group_size)
-    return activate(y.view(*x.shape[:-1], out_features), activation)
-
-
-def _launch(
-    library: Any,
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    code: str,
-    group_size: int,
-) -> Tensor:
-    """The CUDA kernel on x [rows, in_features] with unit stride along features."""
-    y = torch.empty(x.shape[0], scales.shape[0], dtype=x.dtype, device=x.device)
-    pointers = [None if t is None else t.data_ptr() for t in (qweight, scales, zeros, table, bias, y)]
-    sizes = (x.shape[0], x.shape[1], scales.shape[0], group_size)
-    with torch.cuda.device(x.device):
-        status = library.pykd_cuda_linear_4bit(
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_int64(x.stride(0)),
-            *(ctypes.c_void_p(pointer) for pointer in pointers),
-            *(ctypes.c_int64(size) for size in sizes),
-            code_number(code),
-            DTYPE_CODES[x.dtype],
-            ctypes.c_void_p(cuda_stream(x.device)),
-        )
-    check_cuda(status, "linear_4bit")
-    return y
+torch.library.impl(lib, "linear_4bit", "CompositeExplicitAutograd")(reference)
+torch.library.impl(lib, "linear_4bit", "CUDA")(linear_4bit_gpu.cuda)
 
 
 @torch.library.register_fake("pykd::linear_4bit", lib=lib)  # type: ignore[untyped-decorator]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pykd.nn import COMPRESSED, Linear4bit
 from pykd.nn import linear_4bit as module
 from pykd.nn.codecs.four_bit import dequantize_4bit, quantize_4bit
-from pykd.ops.linear_4bit import quantize_groups
+from pykd.ops.linear_4bit_reference import quantize_groups
 
 CASES: list[dict[str, Any]] = [
     {},

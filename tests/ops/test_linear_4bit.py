@@ -12,7 +12,9 @@ from torch import Tensor
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.ops.dispatch import cuda_library, native
 from pykd.ops.int4_r16 import CODES, codebook, dequantize, pack_r16
-from pykd.ops.linear_4bit import _launch, linear_4bit, linear_4bit_reference
+from pykd.ops.linear_4bit import linear_4bit
+from pykd.ops.linear_4bit_gpu import launch
+from pykd.ops.linear_4bit_reference import linear_4bit_reference
 
 SHAPES = [(40, 67, 32), (32, 64, 32), (1, 1, 32), (33, 100, 20), (70, 200, 128), (64, 300, 1000), (129, 255, 64)]
 
@@ -206,7 +208,7 @@ def test_on_a_gpu(shape: tuple[int, int, int], code: str) -> None:
             x, bias = torch.randn(rows, features).to(dtype), torch.randn(out)
             y = linear_4bit(x.cuda(), qweight, scales, zeros=zeros, bias=bias.cuda(), code=code, group_size=group)
             assert_close(y.cpu(), x, weight, bias)
-            native_y = _launch(
+            native_y = launch(
                 cuda_library(), x.cuda(), qweight, scales, zeros, codebook(code, y.device), None, code, group
             )
             assert_close(native_y.cpu(), x, weight, None)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.ops.int4_r16 import dequantize, groups_of, pack_nibbles, pack_r16
-from pykd.ops.linear_4bit import linear_4bit, linear_4bit_reference, quantize_groups
+from pykd.ops.linear_4bit import linear_4bit
+from pykd.ops.linear_4bit_reference import linear_4bit_reference, quantize_groups
 
 CODES = ("int4", "uint4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

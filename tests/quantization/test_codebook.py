@@ -15,7 +15,7 @@ from pykd.models.torchvision import load_torchvision
 from pykd.nn import Conv2d4bit, Embedding4bit, Linear4bit, codebook_code
 from pykd.nn.codecs.four_bit import quantize_4bit
 from pykd.ops.int4_r16 import CODEBOOKS, code_number, table_of
-from pykd.ops.linear_4bit import linear_4bit_reference
+from pykd.ops.linear_4bit_reference import linear_4bit_reference
 from pykd.quantization import METHODS, quantize
 
 LOPSIDED = (-1.5, -0.9, -0.6, -0.4, -0.3, -0.2, -0.1, 0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.75)

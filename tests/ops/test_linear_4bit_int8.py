@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
+from pykd.ops import linear_4bit_gpu
 from pykd.ops.int4_r16 import dequantize, groups_of, pack_nibbles, pack_r16
 from pykd.ops.linear_4bit import linear_4bit
 from pykd.ops.linear_4bit_reference import linear_4bit_reference, quantize_groups
@@ -201,6 +202,21 @@ def test_compiles_as_one_graph_and_exports() -> None:
     torch.testing.assert_close(compiled(x), want)
     torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(want.sum(), x))
     torch.testing.assert_close(torch.export.export(Layer(), (x.detach(),)).module()(x.detach()), want)
+
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.float32])
+def test_the_way_of_a_gpu(scales: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded inputs, the Triton kernel (interpreted without a GPU) and the activation after it."""
+    monkeypatch.setattr(linear_4bit_gpu, "cuda_library", lambda: None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight, x = make(33, 100, 20, "uint4"), torch.randn(2, 11, 100)
+    qweight, zeros = weight.tensors.qweight, weight.tensors.zeros
+    tensors = (qweight, weight.tensors.scales.to(scales), zeros)
+    for activation in (None, "silu"):
+        call = (x, *tensors, torch.randn(33))
+        y = linear_4bit_gpu.cuda(*(t.to(device) for t in call), "uint4", 33, 20, "int8", activation).cpu()
+        want = linear_4bit_reference(*call, "uint4", 20, "int8", activation)
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.gpu

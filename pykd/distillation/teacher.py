@@ -67,7 +67,9 @@ class Teacher:
     def known(self, batch: Batch) -> Tensor | None:
         """Logits of a batch if they were computed before; the numbers of its rows are taken out of it."""
         rows = batch.pop(ROW, None)
-        return None if self.cached is None or rows is None else self.cached[rows]
+        if self.cached is None or rows is None:
+            return None
+        return self.cached[rows.to(self.cached.device)].to(rows.device)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pykd.distillation.generation import written
 from pykd.distillation.methods import Method, Weighted
+from pykd.distillation.teacher import device_of
 from pykd.models.adapter import unwrap
 from pykd.models.layers import match_layers
 from pykd.models.views import View, eager_attention, observe, stages_of
@@ -91,6 +92,9 @@ class Terms:
         return total, noted if len(self.methods) > 1 else {}
 
     def _teach(self, batch: Batch) -> list[View]:
+        for teacher in self.teachers:  # launched processes have the batch on a device of their own
+            if device_of(teacher) != batch["labels"].device:
+                teacher.to(batch["labels"].device)
         if all(each.method.compares.endswith("sequences") for each in self.methods):
             return []
         with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pykd.errors import nearest
 from pykd.pruning.channels import prune_channels
+from pykd.pruning.layers import prune_layers
 from pykd.pruning.magnitude import prune_magnitude
 from pykd.pruning.outcome import Method, Request
 from pykd.pruning.units import prune_heads, prune_neurons
@@ -22,6 +23,7 @@ METHODS: dict[str, Method] = {
     "channels": prune_channels,
     "heads": prune_heads,
     "neurons": prune_neurons,
+    "layers": prune_layers,
 }
 
 
@@ -38,13 +40,14 @@ def prune(
     """Prune ``model`` in place; returns it with a record in ``model.pykd_report``.
 
     method: "magnitude" removes single weights of Linear and Conv2d layers, the smallest of all layers together;
-    "channels", "heads" and "neurons" remove whole units, so that the layers get smaller; or a function like those in
-    METHODS. sparsity: share [0, 1) of the weights, or of the units of each group. include, exclude: shell patterns of
-    layer names; by default all but embeddings, norms and output heads. example: one batch that the model accepts, for
-    tracing channels (default: one 64-pixel image). rows, with "magnitude": how many rows of activations calls will
-    have, as (1, 16, 128): each sparse layer then measures on this machine whether it is faster sparse or dense and
-    computes that way from then on; its gain, or "no gain here: computed dense", is in the record, and files are sparse
-    either way. Without it thresholds decide. The pruned model trains on; optimizers must be made anew.
+    "channels", "heads" and "neurons" remove whole units, so that the layers get smaller; "layers" removes whole layers
+    of a transformer; or a function like those in METHODS. sparsity: share [0, 1) of the weights, or of the units of
+    each group. include, exclude: shell patterns of layer names; by default all but embeddings, norms and output heads.
+    example: one batch that the model accepts, for tracing channels (default: one 64-pixel image). rows, with
+    "magnitude": how many rows of activations calls will have, as (1, 16, 128): each sparse layer then measures on this
+    machine whether it is faster sparse or dense and computes that way from then on; its gain, or "no gain here:
+    computed dense", is in the record, and files are sparse either way. Without it thresholds decide. The pruned model
+    trains on; optimizers must be made anew.
 
     Raises ValueError for an unknown method, a sparsity out of range, patterns that match nothing, NaN weights, or a
     model that has no such units; the model is then unchanged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,7 +192,7 @@ def test_a_function_is_a_method() -> None:
 
     model = prune(network(), nothing, 0.25)
     assert model.pykd_report[0]["method"] == "nothing" and model.pykd_report[0]["skipped"] == {"all": "asked for 0.25"}
-    assert list(METHODS) == ["magnitude", "channels", "heads", "neurons"]
+    assert list(METHODS) == ["magnitude", "channels", "heads", "neurons", "layers"]
 
 
 def test_what_it_refuses() -> None:
@@ -206,3 +207,42 @@ def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match=r"the model's '3\.weight' holds NaN or infinite values"):
         prune(model)
     assert not hasattr(model, "pykd_report") and type(model[0]) is nn.Conv2d
+
+
+# Whole layers.
+
+
+def bert_of(layers: int) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+    return BertForSequenceClassification(BertConfig(num_hidden_layers=layers, **shape)).eval()
+
+
+def test_layers_are_removed_whole_and_the_map_follows(tmp_path: Path) -> None:
+    import pykd
+    from pykd.models.layers import layer_map
+    from pykd.models.students import derive
+
+    student = derive(bert_of(8), layers=[0, 1, 3, 5, 6, 7])
+    prune(student, method="layers", sparsity=0.5)
+    entry = student.pykd_report[-1]
+    assert entry["changed"] == {"bert.encoder.layer": [6, 3]} and student.config.num_hidden_layers == 3
+    assert layer_map(student) == {"bert.encoder.layer": [0, 3, 7]}
+    pykd.save_pretrained(student, tmp_path / "model")
+    again = pykd.from_pretrained(tmp_path / "model")
+    assert layer_map(again) == layer_map(student)
+    ids = torch.arange(3, 9).view(1, 6)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, student(input_ids=ids).logits)
+
+
+def test_layers_that_stay() -> None:
+    model = bert_of(6)
+    prune(model, method="layers", sparsity=0.75, exclude=["bert.encoder.layer.[01]"])
+    assert model.pykd_layer_map == {"bert.encoder.layer": [0, 1, 2]}
+    assert list(model.pykd_report[-1]["skipped"]) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    with pytest.raises(ValueError, match=r"Linear has no layers to remove \(stacks: none found\)"):
+        prune(nn.Linear(2, 2), method="layers")
+    with pytest.raises(ValueError, match=r"no layers to remove \(stacks: bert.encoder.layer\): widen"):
+        prune(bert_of(2), method="layers", include=["decoder.*"])

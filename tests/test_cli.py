@@ -19,6 +19,7 @@ from pykd import cli
 from pykd.io.save import save_pretrained
 from pykd.models.huggingface import load_huggingface
 from pykd.models.torchvision import load_torchvision
+from pykd.nn import codebook_code
 from pykd.pipeline.reload import Reload
 
 VIT = {
@@ -199,6 +200,20 @@ def test_quantize_by_the_data_that_the_model_was_made_for(
     wrong = failure(capsys, "quantize", tmp_path / "plain", tmp_path / "wrong", "--method", "awq")
     assert "plain does not say which data it was made for: name it by --recipe FILE" in wrong
     assert not (tmp_path / "wrong").exists()
+
+
+def test_embeddings_and_a_code_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    shape = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = {"model_type": "bert", "intermediate_size": 64, **shape}
+    save_pretrained(load_huggingface(None, "masked-lm", config=bert), tmp_path / "bert")
+    code = codebook_code([k / 8 - 1 for k in range(16)])
+    words = ["quantize", tmp_path / "bert", tmp_path / "small", "--scheme", code, "--group-size", 32]
+    success(capsys, *words, "--embeddings", "w8a16")
+    model = pykd.from_pretrained(tmp_path / "small")
+    assert model.cls.predictions.decoder.source is model.bert.embeddings.word_embeddings
+    assert model.bert.encoder.layer[0].intermediate.dense.scheme == code
+    wrong = failure(capsys, *words[:2], tmp_path / "wrong", "--embeddings", "w8a8")
+    assert "unknown scheme for embeddings 'w8a8': did you mean 'w8a16'?" in wrong and not (tmp_path / "wrong").exists()
 
 
 def test_a_plain_hugging_face_folder_goes_in(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:

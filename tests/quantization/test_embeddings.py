@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pykd import from_pretrained, save_pretrained
+from pykd.data.bundle import DataBundle, stack
 from pykd.errors import ArtifactError
 from pykd.evaluation.counting import count_parameters
 from pykd.io import structure
 from pykd.models.huggingface import load_huggingface
 from pykd.nn import Embedding4bit, Embedding8bit, Linear4bit, TiedEmbedding, TiedLinear
+from pykd.pipeline.stages import Context, apply_stage
 from pykd.quantization import quantize
+from pykd.recipe import load_recipe
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 70}
 T5 = {"model_type": "t5", "vocab_size": 99, "d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 70, "d_kv": 16}
@@ -120,6 +123,18 @@ def test_embeddings_come_before_the_layers_that_calibrate_behind_them() -> None:
     assert isinstance(model.bert.encoder.layer[0].attention.self.query, Linear4bit)
     again = quantize(make("bert"), "nf4", embeddings="w4a16")
     assert again.bert.embeddings.word_embeddings.code == "int4"
+
+
+def test_a_recipe_stage_takes_them(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"name": "tied", "data": {"kind": "digits"}}
+    content["teacher"] = {"source": "huggingface", "name": "somewhere"}
+    content["stages"] = [{"quantize": {"embeddings": "nf4", "group_size": None}}]
+    recipe = load_recipe(content)
+    items = [{"input_ids": IDS[0], "labels": 0}]
+    data = DataBundle(items, items, stack, ["a"], "one")
+    model = apply_stage(recipe.stages[0], make("llama"), Context(recipe, data, make("llama"), tmp_path, False, "1"))
+    assert isinstance(model.lm_head, TiedLinear) and model.model.embed_tokens.scheme == "nf4"
+    assert model.model.embed_tokens.group_size == 32 and model.model.layers[0].mlp.down_proj.group_size == 70
 
 
 def test_what_is_left_and_refused() -> None:

@@ -17,7 +17,7 @@ def epoch_order(size: int, *, seed: int, epoch: int, step_rows: int, lengths: Se
     With lengths, rows are sorted inside blocks of ``BLOCK_STEPS`` steps, and the steps then come in random order.
 
     >>> epoch_order(5, seed=0, epoch=0, step_rows=2, lengths=[9, 1, 8, 2, 5])
-    [1, 3, 0, 2, 4]
+    [4, 1, 0, 2, 3]
     """
     order = permutation(size, seed=seed, epoch=epoch)
     if lengths is None:
@@ -44,11 +44,21 @@ def share(rows: Sequence[int], parts: int, part: int) -> Sequence[int]:
     return rows[first : first + each + (part < more)]
 
 
+#: What tells the length of an example, the first that it has: tokens, words, or the characters of a text.
+LENGTH_KEYS = ("input_ids", "tokens", "words", "target", "text")
+
+
 def row_lengths(dataset: MapDataset) -> list[int]:
-    """Tokens of every row; DataError for data without ``input_ids``."""
+    """The length of every row, in the unit of the first of ``LENGTH_KEYS`` that it has; DataError for data with none.
+
+    >>> row_lengths([{"text": "one"}, {"text": "longer"}])
+    [3, 6]
+    """
     first = dataset[0]
-    if "input_ids" not in first:
+    key = next((key for key in LENGTH_KEYS if key in first), None)
+    if key is None:
         raise DataError(
-            f"group_by_length needs examples with input_ids, but they have {', '.join(map(str, first))}: leave it out"
+            f"group_by_length needs examples with one of {', '.join(LENGTH_KEYS)}, but they have "
+            f"{', '.join(map(str, first))}: leave it out"
         )
-    return [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+    return [len(dataset[index][key]) for index in range(len(dataset))]

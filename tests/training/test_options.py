@@ -144,7 +144,11 @@ def test_rows_of_similar_length_come_together_in_random_order() -> None:
 def test_grouping_by_length_needs_lengths() -> None:
     items = [{"input_ids": torch.ones(1 + i % 5)} for i in range(6)]
     assert row_lengths(items) == [1, 2, 3, 4, 5, 1]
-    with pytest.raises(DataError, match="group_by_length needs examples with input_ids, but they have x, labels"):
+    assert row_lengths([{"words": ["a", "b"], "text": "a b"}]) == [2]
+    assert row_lengths([{"source": "a", "target": "abc", "text": "a"}]) == [3]
+    with pytest.raises(
+        DataError, match=r"group_by_length needs examples with one of input_ids, .* but they have x, labels"
+    ):
         curve(group_by_length=True)
     with pytest.raises(ValueError, match="group_by_length needs a DataBundle"):
         curve(data=[bundle().example()], group_by_length=True)

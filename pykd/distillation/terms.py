@@ -82,9 +82,14 @@ class Terms:
         self, model: nn.Module, batch: Batch, teacher_logits: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and every term by its name where there are several. teacher_logits: if known already."""
-        mine = observe(model, batch, self.wanted, self.pairings[0].stages[0])
+        device = batch["labels"].device
+        for teacher in self.teachers:  # launched processes have the batch on a device of their own
+            if teacher_logits is None and device_of(teacher) != device:
+                teacher.to(device)
+        on_data = any(each.method.compares != "student's sequences" for each in self.methods)
+        mine = observe(model, batch, self.wanted, self.pairings[0].stages[0]) if on_data else None
         its = [View(teacher_logits)] if teacher_logits is not None else self._teach(batch)
-        total, noted = mine.logits.new_zeros((), dtype=torch.float32), dict[str, Tensor]()
+        total, noted = torch.zeros((), device=device), dict[str, Tensor]()
         for place, each in enumerate(self.methods):
             value = self._value(place, each.method, model, mine, its, batch)
             total = total + each.weight * value
@@ -92,9 +97,6 @@ class Terms:
         return total, noted if len(self.methods) > 1 else {}
 
     def _teach(self, batch: Batch) -> list[View]:
-        for teacher in self.teachers:  # launched processes have the batch on a device of their own
-            if device_of(teacher) != batch["labels"].device:
-                teacher.to(batch["labels"].device)
         if all(each.method.compares.endswith("sequences") for each in self.methods):
             return []
         with torch.no_grad():
@@ -104,15 +106,15 @@ class Terms:
             ]
 
     def _value(
-        self, place: int, method: Method, model: nn.Module, mine: View, its: Sequence[View], batch: Batch
+        self, place: int, method: Method, model: nn.Module, mine: View | None, its: Sequence[View], batch: Batch
     ) -> Tensor:
         options, shift = dict(method.options), predicts_next(unwrap(model))
+        if method.compares == "student's sequences":
+            mine, its, batch = self._on_policy(model, batch, mine, its, options.pop("share", 1.0))
+        assert mine is not None
         if method.compares == "teacher's sequences":
             options.pop("beams", None)
             return method.loss(mine.logits[..., : self.classes], batch["labels"], shift=shift, **options)
-        if method.compares == "student's sequences":
-            share = options.pop("share", 1.0)
-            mine, its, batch = self._on_policy(model, batch, share)
         values = []
         for number, view in enumerate(its):
             arguments = self._arguments(place, number, method, mine, view, batch)
@@ -123,10 +125,14 @@ class Terms:
             values.append(self.shares[number] * method.loss(*arguments, **options))
         return torch.stack(values).sum()
 
-    def _on_policy(self, model: nn.Module, batch: Batch, share: float) -> tuple[View, list[View], Batch]:
+    def _on_policy(
+        self, model: nn.Module, batch: Batch, mine: View | None, its: Sequence[View], share: float
+    ) -> tuple[View, Sequence[View], Batch]:
         """Both models on the student's own sequences, in this share of the steps, else on those of the data."""
         if torch.rand(()).item() < share:
             batch = written(model, batch, do_sample=True)
+        elif mine is not None and its:
+            return mine, its, batch
         with torch.no_grad():
             its = [observe(teacher, batch) for teacher in self.teachers]
         return observe(model, batch), its, batch
@@ -153,7 +159,8 @@ class Terms:
             first = [(0, 0)] if kind == "hidden" else []  # the embeddings come before the layers
             places = [*first, *((s + len(first), t + len(first)) for s, t in enumerate(followed))]
             for s, t in places:
-                fits = mask if mask is not None and mask.shape == own[s].shape[:: len(own[s].shape) - 2][:2] else None
+                positions = (own[s].shape[0], own[s].shape[-2])  # of states, and the queries of attention maps
+                fits = mask if mask is not None and tuple(mask.shape) == positions else None
                 pairs.append((own[s], other[t], fits))
         return pairs
 

@@ -16,7 +16,7 @@ from pykd.distillation.teacher import device_of
 from pykd.models.adapter import unwrap
 from pykd.models.layers import match_layers
 from pykd.models.views import View, eager_attention, observe, stages_of
-from pykd.training.labels import predicts_next
+from pykd.training.labels import check_shapes, predicts_next
 from pykd.training.rng import preserved_rng
 from pykd.training.source import Batch
 
@@ -88,6 +88,8 @@ class Terms:
                 teacher.to(device)
         on_data = any(each.method.compares != "student's sequences" for each in self.methods)
         mine = observe(model, batch, self.wanted, self.pairings[0].stages[0]) if on_data else None
+        if mine is not None:
+            check_shapes(mine.logits, batch["labels"])
         its = [View(teacher_logits)] if teacher_logits is not None else self._teach(batch)
         total, noted = torch.zeros((), device=device), dict[str, Tensor]()
         for place, each in enumerate(self.methods):

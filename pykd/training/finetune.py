@@ -12,7 +12,7 @@ from pykd.data.bundle import DataBundle
 from pykd.models.adapter import logits, num_classes
 from pykd.training.config import TrainConfig
 from pykd.training.guard import Guard
-from pykd.training.labels import IGNORED, check_batch, predicts_next
+from pykd.training.labels import IGNORED, check_batch, check_shapes, predicts_next
 from pykd.training.loop import fit
 from pykd.training.record import add_record, require_finite_weights
 from pykd.training.source import Batch, Loader
@@ -86,6 +86,7 @@ def finetune(
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         check_batch(batch, classes=classes)
         scores, labels = logits(model, batch), batch["labels"]
+        check_shapes(scores, labels)
         if predicts_next(model):
             scores, labels = scores[:, :-1], labels[:, 1:]
         flat = scores.float().flatten(0, -2)

@@ -36,6 +36,16 @@ def check_batch(batch: Any, *, classes: int) -> None:
         )
 
 
+def check_shapes(scores: Tensor, labels: Tensor) -> None:
+    """Raise DataError unless every row (or every position) that the model scores has one label."""
+    if scores.shape[:-1] != labels.shape:
+        whole = "row" if scores.dim() == 2 else "position"
+        raise DataError(
+            f"labels {tuple(labels.shape)} do not go with logits {tuple(scores.shape)}: the model scores every "
+            f"{whole}; give every {whole} a label (-100 where none counts), or use a model for the other task"
+        )
+
+
 def counted(model: nn.Module, batch: dict[str, Any]) -> int:
     """Labels of a batch that count towards its mean loss: what batches are weighed by when several make a step.
 

@@ -329,3 +329,18 @@ def test_vocabularies_must_be_shared(bundles: dict[str, DataBundle]) -> None:
     both = {"student_tokenizer": data.tokenizer, "teacher_tokenizer": data.tokenizer}
     distill(other, teacher, data, max_steps=1, **both, **FAST)
     assert other.pykd_report[-1]["steps"] == 1
+
+
+def test_labels_must_be_as_many_as_scores(bundles: dict[str, DataBundle]) -> None:
+    teacher, student, data = pair("bert", bundles)
+    words = bundles["token-classification"].example(3)
+    with pytest.raises(
+        DataError, match=r"labels \(3, \d+\) do not go with logits \(3, 2\): the model scores every row"
+    ):
+        distill(student, teacher, [words], **FAST)
+    with pytest.raises(DataError, match=r"do not go with logits \(3, 2\)"):
+        pykd.finetune(student, [words], progress=False)
+    body = {"model_type": "bert", "vocab_size": len(data.tokenizer), **BODY}
+    tagger = load_huggingface(None, "token-classification", num_labels=2, config=body)
+    with pytest.raises(DataError, match=r"\(4,\) do not go with logits \(4, \d+, 2\): the model scores every position"):
+        pykd.finetune(tagger, [data.example(4)], progress=False)

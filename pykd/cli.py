@@ -158,6 +158,17 @@ def verify(model: ModelDir) -> None:
 
 
 @app.command()
+def monitor(
+    run: Annotated[Path, typer.Argument(help="folder of a run, or its events.jsonl; it may run elsewhere")],
+    once: Annotated[bool, typer.Option("--once", help="show it as it is now and leave")] = False,
+) -> None:
+    """Watch a run's trainings: loss, validations and the guard's decisions, rate, time left."""
+    from pykd.pipeline.monitor import watch
+
+    watch(run, once=once)
+
+
+@app.command()
 def info() -> None:
     """What this installation can run, and which kernel serves which operation."""
     from pykd.ops.dispatch import build_info

@@ -116,6 +116,31 @@ def test_a_run_measures_every_stage_and_reloads_in_a_new_process(finished: Run) 
     assert finished.then is None
 
 
+def test_guarded_stages_tell_what_they_decided(tmp_path: pathlib.Path, same_process: None) -> None:
+    recipe = copy.deepcopy(TINY)
+    recipe["stages"] = [
+        {"distill": {**TRAIN, "guard": {"drop": 0.5}, "validate_steps": 2}},
+        {"prune": {"sparsity": 0.9, "guard": {"drop": 0.0, "retention": 0.0}}},
+        {"quantize": {"scheme": "w8a8", "guard": {"drop": 1.0, "retention": 0.0}}},
+    ]
+    done = run(recipe, output_dir=tmp_path / "out", progress=False)
+    distilled, pruned, quantized = (entry.details for entry in done.measured[1:])
+    assert [entry["step"] for entry in distilled["validations"]] == [0, 2, 4]
+    assert distilled["validations"][-1]["retention"] is not None and "model of step" in distilled["outcome"]
+    assert pruned["guard"]["decisions"] and pruned["outcome"].startswith(("kept", "undone"))
+    accuracies = [report.accuracy for report in done.reports]
+    assert accuracies[2] >= accuracies[1]
+    assert quantized["guard"]["outcome"] == "kept"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Validation and guard" in page and distilled["outcome"].partition(",")[0] in page
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"Guard, distill: {distilled['outcome']}" in text and f"Guard, prune: {pruned['outcome']}" in text
+    events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
+    assert {event["run"] for event in events} == {"teacher", "1-distill"}
+    with pytest.raises(RecipeError, match=r"stages\[0\].prune.guard: guard: drop is a share"):
+        load_recipe(recipe | {"stages": [{"prune": {"guard": {"drop": 2}}}]})
+
+
 def test_the_quantize_stage_reads_the_training_data(finished: Run) -> None:
     record = from_pretrained(finished.directory / "model").pykd_report[-1]
     assert record["method"] == "gptq" and record["parameters"]["samples"] == 20 and len(record["changed"]) >= 6

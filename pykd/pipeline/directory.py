@@ -22,7 +22,17 @@ logger = logging.getLogger("pykd.pipeline")
 FORMAT_VERSION = 1
 
 #: What a run writes, and so what starting over may delete.
-OWN = ("stages", "checkpoints", "model", "report.json", "report.html", "report.md", "recipe.yaml", "run.log")
+OWN = (
+    "stages",
+    "checkpoints",
+    "model",
+    "report.json",
+    "report.html",
+    "report.md",
+    "recipe.yaml",
+    "run.log",
+    "events.jsonl",
+)
 
 
 class RunDirectory:

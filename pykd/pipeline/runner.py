@@ -21,6 +21,7 @@ from pykd.io.files import sha256
 from pykd.io.load import from_pretrained
 from pykd.io.save import WEIGHTS, save_pretrained
 from pykd.pipeline.directory import RunDirectory
+from pykd.pipeline.monitor import EVENTS
 from pykd.pipeline.reload import Reload, check_reload
 from pykd.pipeline.result import Measured, Run, progress_line
 from pykd.pipeline.sources import build_data, build_model, build_student, teacher_key
@@ -197,6 +198,7 @@ class Pipeline:
             checkpoints=checkpoints,
             progress=self.progress,
             name=name,
+            log=self.directory.path / EVENTS,
         )
 
     def _provenance(self, stage: str) -> dict[str, Any]:

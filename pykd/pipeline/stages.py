@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from pykd.distillation.chain import INDEX as CHAIN_INDEX
 from pykd.pipeline.sources import build_model, make_student
 from pykd.pruning import prune
 from pykd.quantization import convert_qat, prepare_qat, quantize
+from pykd.recipe.guarded import Guarded
 from pykd.recipe.schema import Chain, Distill, Prune, Qat, Quantize, Recipe, Stage
 from pykd.recipe.train import Train
 from pykd.training.checkpoint import has_checkpoint
+from pykd.training.guarded import Change, guarded_change
+from pykd.training.watched import watched
 
 logger = logging.getLogger("pykd.pipeline")
 
@@ -33,6 +36,7 @@ class Context:
     checkpoints: Path
     progress: bool | None
     name: str
+    log: Path | None = None
 
 
 def apply_stage(stage: Stage, model: nn.Module, context: Context) -> nn.Module:
@@ -52,6 +56,7 @@ def train_options(settings: Train, context: Context) -> dict[str, Any]:
         "resume": has_checkpoint(context.checkpoints),
         "progress": context.progress,
         "label": context.name,
+        "log_file": context.log,
     }
 
 
@@ -62,6 +67,7 @@ def _distill(settings: Any, model: nn.Module, context: Context) -> nn.Module:
         [context.teacher, *_further_teachers(settings, context)],
         context.data,
         teacher_weights=[settings.teacher_weight, *(each.weight for each in settings.teachers)],
+        guard=settings.guard.guard() if settings.guard is not None else None,
         **_loss_options(settings),
         **train_options(settings, context),
     )
@@ -70,8 +76,10 @@ def _distill(settings: Any, model: nn.Module, context: Context) -> nn.Module:
 def _chain(settings: Any, model: nn.Module, context: Context) -> nn.Module:
     assert isinstance(settings, Chain)
     options = train_options(settings, context)
-    for name in ("checkpoint_dir", "resume", "label"):
+    for name in ("checkpoint_dir", "resume", "label", "log_file"):
         del options[name]
+    if settings.guard is not None:
+        options["guard"] = settings.guard.guard()
 
     def maker(name: str) -> Callable[[nn.Module], nn.Module]:
         key = f"stages[0].chain.students.{name}"
@@ -105,19 +113,40 @@ def _further_teachers(settings: Distill, context: Context) -> list[nn.Module]:
 
 def _prune(settings: Any, model: nn.Module, context: Context) -> nn.Module:
     assert isinstance(settings, Prune)
-    return prune(
-        model,
-        method=settings.method,
-        sparsity=settings.sparsity,
-        include=settings.include,
-        exclude=settings.exclude,
-        example=context.data.example(2),
-        rows=settings.rows,
-    )
+
+    def change(model: nn.Module, exclude: Sequence[str]) -> nn.Module:
+        return prune(
+            model,
+            method=settings.method,
+            sparsity=settings.sparsity,
+            include=settings.include,
+            exclude=[*(settings.exclude or ()), *exclude] or None,
+            example=context.data.example(2),
+            rows=settings.rows,
+        )
+
+    return _guarded(settings.guard, model, change, context)
 
 
 def _quantize(settings: Any, model: nn.Module, context: Context) -> nn.Module:
     assert isinstance(settings, Quantize)
+
+    def change(model: nn.Module, exclude: Sequence[str]) -> nn.Module:
+        return _quantized(settings, model, context, exclude)
+
+    return _guarded(settings.guard, model, change, context)
+
+
+def _guarded(settings: Guarded | None, model: nn.Module, change: Change, context: Context) -> nn.Module:
+    """The change, or as much of it as the guard lets pass."""
+    if settings is None:
+        return change(model, ())
+    validate, guard = watched(None, settings.guard(), context.data, teacher=context.teacher)
+    assert validate is not None and guard is not None
+    return guarded_change(model, change, validate, guard, bisect=settings.bisect, label=context.name)
+
+
+def _quantized(settings: Quantize, model: nn.Module, context: Context, exclude: Sequence[str]) -> nn.Module:
     return quantize(
         model,
         scheme=settings.scheme,
@@ -130,7 +159,7 @@ def _quantize(settings: Any, model: nn.Module, context: Context) -> nn.Module:
         seed=context.recipe.seed,
         embeddings=settings.embeddings,
         include=settings.include,
-        exclude=settings.exclude,
+        exclude=[*(settings.exclude or ()), *exclude] or None,
     )
 
 

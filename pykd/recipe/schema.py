@@ -12,6 +12,7 @@ from pykd.errors import nearest
 from pykd.pruning import METHODS
 from pykd.quantization import check_embeddings, check_method, check_qat
 from pykd.recipe.data_kinds import Data
+from pykd.recipe.guarded import Guarded
 from pykd.recipe.models import FurtherTeacher, Student, Teacher
 from pykd.recipe.section import Section
 from pykd.recipe.train import Train
@@ -22,6 +23,9 @@ class Distill(Train):
 
     temperature: float = Field(4.0, gt=0)
     alpha: float = Field(0.5, ge=0, le=1)
+    guard: Guarded | None = Field(
+        None, description="go back to the best checkpoint when quality falls; {} for defaults"
+    )
     method: str | dict[str, float | dict[str, Any]] = Field(
         "logits",
         description="logits, hidden, attention, relation, contrastive, sequence, on_policy; or several with their "
@@ -65,6 +69,8 @@ class Recover(Distill):
 class Prune(Section):
     """Remove weights (magnitude) or whole channels, heads or neurons."""
 
+    guard: Guarded | None = Field(None, description="undo what costs too much quality; {} for the defaults")
+
     method: str = "magnitude"
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of weights, or of units per group, removed")
     include: list[str] | None = Field(None, description="name patterns of the layers to touch")
@@ -84,6 +90,8 @@ class Prune(Section):
 
 class Quantize(Section):
     """Store weights in 4 or 8 bits."""
+
+    guard: Guarded | None = Field(None, description="undo what costs too much quality; {} for the defaults")
 
     scheme: str = "w4a16"
     method: str = Field("rtn", description="how 4-bit codes are chosen: rtn, hqq, gptq or awq")

@@ -1,4 +1,4 @@
-"""Steps of `fit`, the loop behind `distill`, beside a bare loop of the same passes and Hugging Face's Trainer with an eager loss.
+"""Steps of `fit`, the loop behind `distill`, beside a bare loop of the same passes and Hugging Face's Trainer.
 
 A BERT teacher of 6 layers 512 wide, a student of 4 layers 312 wide, a vocabulary of 32,000, batches of 32 x 128 tokens
 with a label at every position; AdamW, clipping, dropout off. The three start from the same weights and take the same

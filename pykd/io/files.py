@@ -36,7 +36,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     atomic_write(f"{folder}/a.txt", "whole")
-    ...     open(f"{folder}/a.txt").read()
+    ...     Path(folder, "a.txt").read_text()
     'whole'
     """
     path = Path(path)

@@ -44,7 +44,7 @@ def embedding_4bit(
 
     >>> from pykd.nn.codecs.four_bit import quantize_4bit
     >>> w = quantize_4bit(torch.eye(4), group_size=4)
-    >>> embedding_4bit(torch.tensor([2]), w.qweight, w.scales, embedding_dim=4, group_size=4)
+    >>> embedding_4bit(torch.tensor([2]), w.qweight, w.scales, embedding_dim=4, group_size=4) + 0.0
     tensor([[0., 0., 1., 0.]])
     """
     rows = qweight.shape[0] if num_embeddings is None else num_embeddings

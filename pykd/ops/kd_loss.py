@@ -73,7 +73,7 @@ def kl_div_loss(
     >>> loss = pykd.kl_div_loss(student, teacher, temperature=2.0)
     >>> loss.backward()
     >>> round(loss.item(), 4), [round(x, 4) for x in student.grad[0].tolist()]
-    (0.7405, [-0.5817, 0.1244, 0.4573])
+    (0.7706, [-0.5904, 0.2042, 0.3862])
     """
     options, rows = loss_options(student_logits, teacher_logits, temperature, direction, beta, 1.0, 0.0, scale_t2)
     check_reduction(reduction, num_items)
@@ -127,7 +127,7 @@ def kd_loss(
     >>> student = torch.zeros(2, 3, requires_grad=True)
     >>> teacher = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 0.0]])
     >>> round(pykd.kd_loss(student, teacher, torch.tensor([0, 1])).item(), 4)
-    1.2767
+    1.0278
     """
     check_shares(alpha, label_smoothing)
     options, rows = loss_options(

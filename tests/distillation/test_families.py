@@ -66,7 +66,7 @@ def test_trains_saves_and_reloads(
     pykd.finetune(teacher, data, epochs=12, batch_size=8, lr=5e-3, progress=False)
     assert fallen(teacher) < 0.9
     student = derive(teacher, depth=2)
-    distill(student, teacher, data, epochs=8, batch_size=8, lr=3e-3, temperature=2.0, progress=False)
+    distill(student, teacher, data, epochs=5, batch_size=8, lr=3e-3, temperature=2.0, progress=False)
     assert fallen(student) < 1
     batch = data.example(4)
     want = scores(student, batch)
@@ -100,7 +100,7 @@ def test_torchvision(name: str, tmp_path: Path) -> None:
     options = {"width_mult": 0.25} if name == "mobilenet_v2" else {}
     teacher, data = load_torchvision(name, num_classes=2, **options), images()
     student = derive(teacher, width=0.5, example=data.example(2))
-    distill(student, teacher, data, epochs=10, batch_size=8, lr=3e-3, progress=False)
+    distill(student, teacher, data, epochs=8, batch_size=8, lr=3e-3, progress=False)
     assert fallen(student) < 1
     want = scores(student, data.example(4))
     pykd.save_pretrained(student, tmp_path / "model")

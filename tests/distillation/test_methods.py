@@ -36,18 +36,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("seq2seq-lm", {**T5, "dropout_rate": 0.0}),
     "llama": ("causal-lm", {**BODY, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 5}),
 }
+TAUGHT: dict[str, nn.Module] = {}
 FAST: dict[str, Any] = {"batch_size": 10, "lr": 3e-3, "temperature": 2.0, "progress": False}
 
 
 def pair(family: str, bundles: dict[str, DataBundle], **options: Any) -> tuple[nn.Module, nn.Module, DataBundle]:
-    """A teacher that learned a little, a student cut from it, and their data."""
+    """A teacher that learned a little (once for all tests), a student cut from it, and their data."""
     task, config = FAMILIES[family]
     data = bundles[task]
-    torch.manual_seed(0)
-    labels = {"num_labels": len(data.class_names)} if data.class_names else {}
-    full = {"model_type": family, "vocab_size": len(data.tokenizer), **config}
-    teacher = load_huggingface(None, task, config=full, **labels)
-    pykd.finetune(teacher, data, epochs=4, lr=3e-3, batch_size=10, progress=False)
+    if family not in TAUGHT:
+        torch.manual_seed(0)
+        labels = {"num_labels": len(data.class_names)} if data.class_names else {}
+        full = {"model_type": family, "vocab_size": len(data.tokenizer), **config}
+        TAUGHT[family] = load_huggingface(None, task, config=full, **labels)
+        pykd.finetune(TAUGHT[family], data, epochs=4, lr=3e-3, batch_size=10, progress=False)
+    teacher = copy.deepcopy(TAUGHT[family])
     return teacher, derive(teacher, **{"depth": 2, **options}), data
 
 

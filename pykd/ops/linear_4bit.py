@@ -116,7 +116,8 @@ def _check(
     if scales is None:
         sizes_of = _packed_sizes if torch.compiler.is_compiling() else _remembered_sizes
         sizes = sizes_of(out, x.shape[-1], group_size, code)
-        if qweight.dim() != 1 or qweight.shape[0] not in sizes:
+        # Two comparisons: the compiler does not find a symbolic size `in` a tuple.
+        if qweight.dim() != 1 or (qweight.shape[0] != sizes[0] and qweight.shape[0] != sizes[1]):
             raise ValueError(
                 f"a weight in the CPU layout for {out} x {x.shape[-1]}, group_size {group_size}, {code} has {sizes[0]} "
                 f"bytes ({sizes[1]} with float32 scales), got {list(qweight.shape)}: pass the sizes that it was "

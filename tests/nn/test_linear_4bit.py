@@ -162,7 +162,11 @@ def test_trains_input_and_bias_only() -> None:
 def test_compiles_and_exports() -> None:
     model = nn.Sequential(layer({})[1], nn.ReLU())
     x = torch.randn(3, 67)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    for dynamic in (None, True):  # None turns sizes into symbols when another call has had others
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for rows in (3, 5):
+            torch.testing.assert_close(compiled(x[:1].expand(rows, -1)), model(x[:1].expand(rows, -1)))
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 

@@ -6,6 +6,7 @@ import csv
 import functools
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,9 @@ def test_translation(tmp_path: Path) -> None:
     ]  # fmt: skip
     done = run(RECIPES / "translation.yaml", output_dir=tmp_path / "out", overrides=overrides, progress=False)
     assert done.reload.identical and done.final.size_bytes < 0.5 * done.teacher.size_bytes
-    assert {"bleu", "chrf", "ter"} <= set(done.final.to_dict()["metrics"])
+    assert {"bleu", "chrf", "ter"} <= set(done.final.metrics)
+    assert f"reaches chrF {done.final.metrics['chrf']:.2f}, BLEU" in done.verdict() and "errors" not in done.verdict()
+    assert "errors" not in (done.directory / "run.log").read_text()
     model = from_pretrained(done.directory / "model")
     assert model.config.num_layers == model.config.num_decoder_layers == 1
 
@@ -80,4 +83,5 @@ def test_named_entities(tmp_path: Path) -> None:
     ]  # fmt: skip
     done = run(RECIPES / "ner.yaml", output_dir=tmp_path / "out", overrides=overrides, progress=False)
     assert done.reload.identical and done.final.size_bytes < 0.3 * done.teacher.size_bytes
-    assert {"f1", "precision", "recall"} <= set(done.final.to_dict()["metrics"])
+    assert {"f1", "precision", "recall"} <= set(done.final.metrics)
+    assert re.search(r"reaches F1 0\.\d{4} \(the teacher F1 0\.\d{4}\) on \d+ held-out words", done.verdict())

@@ -119,7 +119,7 @@ def remark(now: Report, before: Report) -> str | None:
     smaller, faster = step.smaller >= SIZE_GAIN, step.faster >= SPEED_GAIN
     size = f"{megabytes(before)} -> {megabytes(now)} MB"
     speed = f"{step.faster:.2f}x the speed"
-    quality = f"accuracy {100 * step.accuracy_change:+.2f} points"
+    quality = f"accuracy {100 * step.accuracy_change:+.2f} points" if now.task == "classification" else now.headline()
     if smaller and faster:
         return None
     if smaller:

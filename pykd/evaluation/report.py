@@ -7,6 +7,14 @@ from typing import Any
 
 from pykd.evaluation.metrics import ClassQuality
 
+#: Task -> (metric, how it is written, decimals) of what a log says first; other tasks have accuracy and errors.
+HEADLINES: dict[str, tuple[tuple[str, str, int], ...]] = {
+    "token-classification": (("f1", "F1", 4),),
+    "seq2seq-lm": (("chrf", "chrF", 2), ("bleu", "BLEU", 2)),
+    "causal-lm": (("perplexity", "perplexity", 3),),
+    "masked-lm": (("perplexity", "perplexity", 3),),
+}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -55,6 +63,12 @@ class Report:
     def errors(self) -> int:
         """How many examples are classified wrongly."""
         return sum(label != found for label, found in zip(self.labels, self.predictions, strict=True))
+
+    def headline(self) -> str:
+        """The task's foremost metrics in words: accuracy and errors, F1 of tags, chrF and BLEU, perplexity."""
+        if self.task not in HEADLINES:
+            return f"accuracy {100 * self.accuracy:.2f} % ({self.errors} errors)"
+        return ", ".join(f"{shown} {self.metrics[name]:.{digits}f}" for name, shown, digits in HEADLINES[self.task])
 
     def agreement(self, other: Report) -> float:
         """Share of examples, 0..1, on which two models predict the same class; ValueError for unequal test sets."""

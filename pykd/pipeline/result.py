@@ -108,10 +108,13 @@ class Run:
     def verdict(self) -> str:
         """Size, speed and errors of the result against the teacher, in a sentence."""
         ratio = ratios(self.final, self.teacher)
-        errors = f"{abs(ratio.more_errors)} {'more' if ratio.more_errors >= 0 else 'fewer'} errors"
+        quality = f"makes {abs(ratio.more_errors)} {'more' if ratio.more_errors >= 0 else 'fewer'} errors"
+        if self.final.task != "classification":
+            quality = f"reaches {self.final.headline()} (the teacher {self.teacher.headline()})"
         return (
             f"{self.recipe.name}: the final model has 1/{ratio.smaller:.1f} of the teacher's bytes, runs "
-            f"{ratio.faster:.2f}x as fast at batch 1 and makes {errors} on {len(self.final.labels)} held-out examples"
+            f"{ratio.faster:.2f}x as fast at batch 1 and {quality} on {len(self.final.labels)} held-out "
+            f"{'words' if self.final.task == 'token-classification' else 'examples'}"
         )
 
     def summary(self, *, width: int | None = None) -> str:
@@ -132,6 +135,6 @@ def progress_line(now: Report, before: Report) -> str:
     """What one stage changed, for the log."""
     step = ratios(now, before)
     return (
-        f"{now.name}: accuracy {100 * now.accuracy:.2f} % ({now.errors} errors), {now.size_bytes / 1e6:.2f} MB "
+        f"{now.name}: {now.headline()}, {now.size_bytes / 1e6:.2f} MB "
         f"({step.smaller:.2f}x smaller), {step.faster:.2f}x as fast as before"
     )

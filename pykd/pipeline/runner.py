@@ -141,7 +141,7 @@ class Pipeline:
             report = report.with_speedup(self.measured[0].report.name, timed.speedup("now"))
             logger.info("%s", progress_line(report, previous))
         else:
-            logger.info("%s: %.2f %% accuracy, %.2f MB", report.name, 100 * report.accuracy, report.size_bytes / 1e6)
+            logger.info("%s: %s, %.2f MB", report.name, report.headline(), report.size_bytes / 1e6)
         details = (getattr(model, "pykd_report", None) or [{}])[-1]
         entry = Measured(
             stage=name, report=report, seconds=seconds, sha256=sha256(folder / WEIGHTS), cached=cached, details=details

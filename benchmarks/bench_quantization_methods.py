@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pykd.calibration import calibrate, calibration_batches
 from pykd.data import DataBundle, load_text
 from pykd.data.bundle import batches, permutation
 from pykd.data.tables import is_local, read_table
@@ -38,7 +39,6 @@ from pykd.models.adapter import logits
 from pykd.nn.selection import select_layers
 from pykd.pipeline.saved import load_saved
 from pykd.quantization import METHODS, Inputs, quantize
-from pykd.quantization.calibration import calibrate, calibration_batches
 
 #: Scheme, whether symmetric, and the methods that go with it.
 SCHEMES: tuple[tuple[str, bool, tuple[str, ...]], ...] = (

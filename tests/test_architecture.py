@@ -19,7 +19,7 @@ LAYERS = [
     ["models", "data"],
     ["io"],
     ["evaluation"],
-    ["training"],
+    ["training", "calibration"],
     ["distillation", "pruning", "quantization"],
     ["recipe"],
     ["pipeline"],

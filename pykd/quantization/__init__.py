@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pykd.calibration.inputs import Inputs
 from pykd.quantization.embeddings import EMBEDDING_SCHEMES, check_embeddings
-from pykd.quantization.inputs import Inputs
 from pykd.quantization.methods import METHODS, check_method
 from pykd.quantization.qat import QAT_SCHEMES, check_qat, convert_qat, prepare_qat
 from pykd.quantization.quantize import quantize

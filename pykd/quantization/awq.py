@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pykd.calibration.hessian import check_hessian
+from pykd.calibration.inputs import Inputs
 from pykd.nn.codecs.four_bit import FourBit, Scales, nearest_levels, quantize_4bit, split_groups
 from pykd.quantization.grid import Grid
-from pykd.quantization.inputs import Inputs
-from pykd.quantization.output_error import better_rows, check_hessian
+from pykd.quantization.output_error import better_rows
 
 
 def awq(weight: Tensor, inputs: Inputs, *, code: str, group_size: int, sweeps: int = 2) -> FourBit:

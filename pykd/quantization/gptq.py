@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pykd.calibration.hessian import check_hessian, damped, inverse_root, rows_of
+from pykd.calibration.inputs import Inputs
 from pykd.nn.codecs.four_bit import FourBit, Scales, nearest_levels, quantize_4bit
 from pykd.ops.int4_r16 import table_of
 from pykd.quantization.grid import Grid
-from pykd.quantization.inputs import Inputs
-from pykd.quantization.output_error import better_rows, check_hessian
+from pykd.quantization.output_error import better_rows
 
 #: Columns whose errors are carried on at once: one matrix product instead of many vector products.
 BLOCK = 128
@@ -60,10 +61,10 @@ def gptq(
     check_hessian(weight, inputs.hessian)
     grid = Grid(code, group_size, columns)
     target = weight.detach().float().reshape(blocks, -1, columns)
-    hessian = _damped(inputs.hessian, damping)
+    hessian = damped(inputs.hessian, damping)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True, stable=True) if activation_order else None
-    root = _inverse_root(hessian, order)
+    root = inverse_root(hessian, order)
     scales = grid.search(target, diagonal[:, None])
     for turn in range(passes):
         levels = _feedback(target, root, order, grid, scales)
@@ -71,26 +72,6 @@ def gptq(
         if turn < passes - 1:
             scales = _refit(target, hessian, grid, levels, scales)
     return best
-
-
-def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """H + damping * mean(diag H) * I; the identity where all inputs were zero."""
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
-    mean = torch.where(mean > 0, mean, 1.0)
-    return hessian + damping * mean[:, None, None] * torch.eye(hessian.shape[1], device=hessian.device)
-
-
-def _inverse_root(hessian: Tensor, order: Tensor | None) -> Tensor:
-    """Upper U with H^-1 = U^T U, float32, for H in this order of columns.
-
-    It is the inverse of the upper R with H = R R^T, which is a Cholesky factor turned around: H is never inverted.
-    """
-    if order is not None:
-        hessian = _rows_of(_rows_of(hessian, order).transpose(1, 2), order)
-    root = torch.linalg.cholesky(hessian.double().flip(1, 2)).flip(1, 2)
-    eye = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
-    inverse: Tensor = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=True)
-    return inverse.float()
 
 
 def _feedback(target: Tensor, root: Tensor, order: Tensor | None, grid: Grid, scales: Scales) -> Tensor:
@@ -113,7 +94,7 @@ def _feedback(target: Tensor, root: Tensor, order: Tensor | None, grid: Grid, sc
             work[:, rest].baddbmm_(root[:, column, rest, None], error[:, None], alpha=-1)
         work[:, last:].baddbmm_(root[:, first:last, last:].transpose(1, 2), errors, alpha=-1)
     if order is not None:
-        levels = _rows_of(levels, order.argsort(dim=1))
+        levels = rows_of(levels, order.argsort(dim=1))
     return levels.transpose(1, 2).contiguous()
 
 
@@ -147,9 +128,4 @@ def _refit(target: Tensor, hessian: Tensor, grid: Grid, levels: Tensor, scales: 
 def _arranged(matrix: Tensor, order: Tensor | None) -> Tensor:
     """[blocks, rows, columns] -> [blocks, columns in this order, rows], a copy."""
     turned = matrix.transpose(1, 2).contiguous()
-    return turned.clone() if order is None else _rows_of(turned, order)
-
-
-def _rows_of(matrix: Tensor, order: Tensor) -> Tensor:
-    """The rows [blocks, columns, ...] of a batch of matrices in the order [blocks, columns]."""
-    return matrix.gather(1, order[:, :, None].expand(-1, -1, matrix.shape[2]))
+    return turned.clone() if order is None else rows_of(turned, order)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pykd.calibration.inputs import Inputs
 from pykd.nn.codecs.four_bit import FourBit, Scales, nearest_levels, quantize_4bit, split_groups
 from pykd.quantization.grid import Grid
-from pykd.quantization.inputs import Inputs
 
 
 def hqq(

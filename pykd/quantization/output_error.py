@@ -26,13 +26,3 @@ def better_rows(weight: Tensor, hessian: Tensor, found: FourBit, best: FourBit, 
     wins = (error < least)[:, None]
     zeros = None if found.zeros is None or best.zeros is None else torch.where(wins, found.zeros, best.zeros)
     return FourBit(torch.where(wins, found.qweight, best.qweight), torch.where(wins, found.scales, best.scales), zeros)
-
-
-def check_hessian(weight: Tensor, hessian: Tensor) -> None:
-    """Raise ValueError unless hessian is [blocks, columns, columns] of a weight whose rows the blocks divide."""
-    rows, columns = weight.shape
-    if hessian.dim() != 3 or hessian.shape[1:] != (columns, columns) or rows % hessian.shape[0]:
-        raise ValueError(
-            f"a hessian [blocks, {columns}, {columns}] whose blocks divide {rows} outputs fits this weight, got "
-            f"{list(hessian.shape)}"
-        )

@@ -8,13 +8,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from pykd.calibration import Batch, Data, calibrate, calibration_batches
+from pykd.calibration.inputs import Inputs
 from pykd.errors import DataError
 from pykd.nn import CompressedModule
 from pykd.nn.linear_4bit import code_of, is_4bit
 from pykd.nn.selection import CONVOLUTION, EMBEDDING, LINEAR, replace_layer, select_layers
-from pykd.quantization.calibration import Batch, Data, calibrate, calibration_batches
 from pykd.quantization.embeddings import check_embeddings, quantize_embeddings
-from pykd.quantization.inputs import Inputs
 from pykd.quantization.methods import METHODS, Choose, Method, check_group_size, check_method
 from pykd.quantization.schemes import Scheme, eight_bit, four_bit
 from pykd.training.record import recorded_change, require_finite_weights

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pykd.calibration.inputs import Inputs
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
-from pykd.quantization.inputs import Inputs
 
 
 def rtn(weight: Tensor, inputs: Inputs | None = None, *, code: str, group_size: int) -> FourBit:

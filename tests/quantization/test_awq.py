@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pykd.calibration.inputs import Inputs
 from pykd.nn.codecs.four_bit import dequantize_4bit
 from pykd.ops.int4_r16 import CODES
 from pykd.quantization.awq import awq
-from pykd.quantization.inputs import Inputs
 from pykd.quantization.output_error import output_error
 from pykd.quantization.rtn import rtn
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pykd import from_pretrained, save_pretrained
+from pykd.calibration import calibrate, calibration_batches, layers
 from pykd.data.bundle import DataBundle, stack
 from pykd.errors import DataError
 from pykd.models.torchvision import load_torchvision
 from pykd.nn import CompressedModule, Conv2d4bit, Linear4bit
 from pykd.nn.codecs.four_bit import FourBit
 from pykd.pruning import prune
-from pykd.quantization import METHODS, Inputs, calibration, quantize
-from pykd.quantization.calibration import calibrate, calibration_batches
+from pykd.quantization import METHODS, Inputs, quantize
 from pykd.quantization.rtn import rtn
 
 CALIBRATED = [name for name, method in METHODS.items() if method.calibrated]
@@ -136,7 +136,7 @@ def test_one_hessian_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Tensor]] = []
     begun = 0
 
-    class Watched(calibration.Accumulator):
+    class Watched(layers.Accumulator):
         def __init__(self, layer: nn.Module) -> None:
             nonlocal begun
             assert [ref for ref in alive if ref() is not None] == []
@@ -144,7 +144,7 @@ def test_one_hessian_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             alive.append(weakref.ref(self.products))
             begun += 1
 
-    monkeypatch.setattr(calibration, "Accumulator", Watched)
+    monkeypatch.setattr(layers, "Accumulator", Watched)
     model = quantize(bert(), method="gptq", data=texts(8), group_size=16)
     assert len(model.pykd_report[0]["changed"]) == 13 and begun == 9
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pykd.quantization import inputs as module
-from pykd.quantization.inputs import Accumulator
+from pykd.calibration import inputs as module
+from pykd.calibration.inputs import Accumulator
 
 CONVOLUTIONS: list[dict[str, Any]] = [
     {"kernel_size": 1},

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pykd.calibration.inputs import Accumulator, Inputs
 from pykd.data.bundle import DataBundle, permutation
 from pykd.errors import DataError
 from pykd.models.adapter import call, move
 from pykd.nn import CompressedModule
 from pykd.nn.selection import LINEAR
-from pykd.quantization.inputs import Accumulator, Inputs
 
 Batch = Mapping[str, Any]
 #: What calibration reads: a data set, or batches as the model takes them.

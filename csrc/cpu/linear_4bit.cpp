@@ -233,15 +233,7 @@ void run(const Linear4bitArgs& a) {
 }  // namespace
 
 void linear_4bit(const Linear4bitArgs& args) {
-  alignas(64) float small[kSmallScratch];
-  Linear4bitArgs a = args;
-  if (!a.scratch) a.scratch = small;
-  if (a.dtype == kFloat32)
-    run<float>(a);
-  else if (a.dtype == kBFloat16)
-    run<BF16>(a);
-  else
-    run<F16>(a);
+  run_by_dtype(args, [](auto element, const Linear4bitArgs& a) { run<decltype(element)>(a); });
 }
 
 }  // namespace pykd::PYKD_LEVEL

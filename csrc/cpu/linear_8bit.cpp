@@ -258,15 +258,7 @@ void run(const Linear8bitArgs& a) {
 }  // namespace
 
 void linear_8bit(const Linear8bitArgs& args) {
-  alignas(64) float small[kSmallScratch];
-  Linear8bitArgs a = args;
-  if (!a.scratch) a.scratch = small;
-  if (a.dtype == kFloat32)
-    run<float>(a);
-  else if (a.dtype == kBFloat16)
-    run<BF16>(a);
-  else
-    run<F16>(a);
+  run_by_dtype(args, [](auto element, const Linear8bitArgs& a) { run<decltype(element)>(a); });
 }
 
 }  // namespace pykd::PYKD_LEVEL

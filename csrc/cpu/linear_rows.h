@@ -22,6 +22,20 @@ constexpr int kRows = 4;
 constexpr int vectors(int) { return 2; }
 #endif
 
+// Calls run(element, args) with an element of the activations' type, and with scratch on the stack where the caller
+// brought none because so little is needed.
+template <class Args, class Run>
+void run_by_dtype(Args args, const Run& run) {
+  alignas(64) float small[kSmallScratch];
+  if (!args.scratch) args.scratch = small;
+  if (args.dtype == kFloat32)
+    run(float{}, args);
+  else if (args.dtype == kBFloat16)
+    run(BF16{}, args);
+  else
+    run(F16{}, args);
+}
+
 // `rows` rows spread evenly over panels of at most `most`.
 struct Panels {
   int64_t rows, count;

@@ -154,7 +154,7 @@ def without_values(make: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
             return make()
-    except RuntimeError:  # NotImplementedError, of operations without a meta form, is one
+    except RuntimeError:  # also what operations without a meta form raise
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             return make()
 

@@ -112,6 +112,14 @@ class CompressedModule(nn.Module, abc.ABC):
         return self
 
 
+def dense_linear(layer: Any) -> nn.Linear:
+    """An ordinary linear layer with the dequantized weight of a compressed one and its very bias."""
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=layer.dtype)
+    dense.weight = nn.Parameter(layer.dequantize())
+    dense.bias = layer.bias
+    return dense
+
+
 def _keeping_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     result = fn(tensor)
     if result.dtype == tensor.dtype:

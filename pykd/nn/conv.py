@@ -12,11 +12,9 @@ from typing_extensions import Self
 
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.nn.compressed import CompressedModule
+from pykd.nn.conv_fields import FIELDS, is_pointwise
 from pykd.nn.linear_4bit import Weight4bit
 from pykd.nn.linear_8bit import Weight8bit
-
-#: The arguments that describe a convolution, as `nn.Conv2d` names them.
-_FIELDS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class CompressedConv2d(CompressedModule):
@@ -41,7 +39,7 @@ class CompressedConv2d(CompressedModule):
     _spec: Callable[[], dict[str, Any]]
 
     def _describe(self, fields: dict[str, Any]) -> None:
-        for name in _FIELDS:
+        for name in FIELDS:
             value = fields[name]
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self.register_parameter("bias", None)
@@ -49,10 +47,10 @@ class CompressedConv2d(CompressedModule):
     @property
     def pointwise(self) -> bool:
         """Whether this is a linear layer over channels."""
-        return self.kernel_size == (1, 1) and self.groups == 1 and self.padding in ((0, 0), "valid", "same")
+        return is_pointwise(self)
 
     def spec(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in _FIELDS}
+        fields = {name: getattr(self, name) for name in FIELDS}
         lists = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         return {"type": type(self).__name__, **lists, "bias": self.bias is not None, **self._spec()}
 
@@ -68,7 +66,7 @@ class CompressedConv2d(CompressedModule):
 
     def to_conv2d(self) -> nn.Conv2d:
         """The ordinary convolution with the dequantized weight; shares the bias."""
-        fields = {name: getattr(self, name) for name in _FIELDS}
+        fields = {name: getattr(self, name) for name in FIELDS}
         dense = nn.Conv2d(**fields, bias=self.bias is not None, device="meta", dtype=self.dtype)
         dense.weight = nn.Parameter(self.dequantize())
         dense.register_parameter("bias", self.bias)
@@ -148,7 +146,7 @@ class Conv2d4bit(CompressedConv2d, Weight4bit):
         cls, conv: nn.Conv2d, *, scheme: str = "w4a16", group_size: int | None = 32, symmetric: bool = True
     ) -> Self:
         """Quantize a convolution by plain rounding; groups run along in_channels / groups * kh * kw."""
-        fields = {name: getattr(conv, name) for name in _FIELDS}
+        fields = {name: getattr(conv, name) for name in FIELDS}
         layer = cls({**fields, "scheme": scheme, "group_size": group_size, "symmetric": symmetric})
         matrix = conv.weight.detach().flatten(1)
         return layer._fill(conv, quantize_4bit(matrix, code=layer.code, group_size=layer.group_size))
@@ -165,7 +163,7 @@ class Conv2d4bit(CompressedConv2d, Weight4bit):
     ) -> Self:
         """The layer with codes that were chosen elsewhere for the rows [out_channels, in_channels / groups * kh * kw],
         and the bias of `conv`; tensors and errors as in `Linear4bit.from_codes`."""
-        fields = {name: getattr(conv, name) for name in _FIELDS}
+        fields = {name: getattr(conv, name) for name in FIELDS}
         layer = cls({**fields, "scheme": scheme, "group_size": group_size, "symmetric": symmetric})
         return layer._fill(conv, tensors)
 
@@ -199,7 +197,7 @@ class Conv2d8bit(CompressedConv2d, Weight8bit):
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, *, scheme: str = "w8a8") -> Self:
         """Quantize a convolution by rounding each output channel to its largest magnitude / 127."""
-        layer = cls({**{name: getattr(conv, name) for name in _FIELDS}, "scheme": scheme})
+        layer = cls({**{name: getattr(conv, name) for name in FIELDS}, "scheme": scheme})
         layer._quantize(conv.weight.detach().flatten(1))
         layer.bias = cast("nn.Parameter | None", conv.bias)
         layer.train(conv.training)

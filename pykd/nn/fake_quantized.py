@@ -18,7 +18,8 @@ from typing_extensions import Self
 from pykd.nn.codecs.eight_bit import dequantize_8bit, quantize_8bit
 from pykd.nn.codecs.four_bit import FourBit, from_levels, nearest_levels, quantize_4bit
 from pykd.nn.compressed import CompressedModule
-from pykd.nn.conv import _FIELDS, Conv2d4bit, Conv2d8bit
+from pykd.nn.conv import Conv2d4bit, Conv2d8bit
+from pykd.nn.conv_fields import FIELDS, is_pointwise
 from pykd.nn.linear_4bit import ROUNDING_4BIT, Linear4bit, code_of
 from pykd.nn.linear_8bit import Linear8bit
 from pykd.ops.int4_r16 import groups_of, unpack_nibbles
@@ -233,7 +234,7 @@ class QATConv2d(FakeQuantized, nn.Conv2d):
         kept: Tensor | None = None,
     ) -> Self:
         """A trainable layer with the very parameters of `conv`. Options as in `pykd.prepare_qat`."""
-        fields: dict[str, Any] = {name: getattr(conv, name) for name in _FIELDS}
+        fields: dict[str, Any] = {name: getattr(conv, name) for name in FIELDS}
         layer = cls(**fields, bias=conv.bias is not None, device="meta")
         return layer._prepare(conv, scheme, group_size, symmetric, search_every, kept)
 
@@ -245,8 +246,7 @@ class QATConv2d(FakeQuantized, nn.Conv2d):
         return Conv2d4bit.from_codes(self, self.tensors(), scheme=self.scheme, **options)
 
     def forward(self, input: Tensor) -> Tensor:
-        pointwise = self.kernel_size == (1, 1) and self.groups == 1 and self.padding in ((0, 0), "valid", "same")
-        rounds = pointwise and self.rounds_inputs
+        rounds = self.rounds_inputs and is_pointwise(self)
         x = self._rounds(input.movedim(-3, -1)).movedim(-1, -3) if rounds else input
         result: Tensor = self._conv_forward(x, self._trained(), self.bias)
         return result

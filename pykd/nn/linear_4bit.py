@@ -11,7 +11,7 @@ from typing_extensions import Self
 from pykd.errors import nearest
 from pykd.nn.activation import followed_by
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
-from pykd.nn.compressed import CompressedModule
+from pykd.nn.compressed import CompressedModule, dense_linear
 from pykd.ops.activation import check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import DTYPE_CODES, native
@@ -331,10 +331,7 @@ class Linear4bit(Weight4bit):
 
     def to_linear(self) -> nn.Linear:
         """The ordinary linear layer with the dequantized weight, without an activation; shares the bias."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
-        dense.weight = nn.Parameter(self.dequantize())
-        dense.register_parameter("bias", self.bias)
-        return dense
+        return dense_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._multiply(x, self._parameters["bias"])  # nn.Module's attributes cost microseconds

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from pykd.errors import nearest
 from pykd.nn.activation import followed_by
 from pykd.nn.codecs.eight_bit import EightBit, dequantize_8bit, quantize_8bit
-from pykd.nn.compressed import CompressedModule
+from pykd.nn.compressed import CompressedModule, dense_linear
 from pykd.ops.activation import activate, check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import native
@@ -210,10 +210,7 @@ class Linear8bit(Weight8bit):
 
     def to_linear(self) -> nn.Linear:
         """The ordinary linear layer with the dequantized weight, without an activation; shares the bias."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
-        dense.weight = nn.Parameter(self.dequantize())
-        dense.register_parameter("bias", self.bias)
-        return dense
+        return dense_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._multiply(x, self._parameters["bias"])  # nn.Module's attributes cost microseconds

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pykd.nn.conv_fields import FIELDS, is_pointwise
 from pykd.nn.sparse_linear import SparseWeight
 from pykd.ops.bitmask import bitmask_expand
 from pykd.ops.sparse_linear import sparse_linear
-
-#: The arguments that describe a convolution, as `nn.Conv2d` names them.
-_FIELDS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class SparseConv2d(SparseWeight):
@@ -43,7 +41,7 @@ class SparseConv2d(SparseWeight):
         columns = spec["in_channels"] // spec["groups"] * spec["kernel_size"][0] * spec["kernel_size"][1]
         dtype = getattr(torch, spec["dtype"])
         super().__init__(spec["out_channels"], columns, spec["nnz"], spec["bias"], dtype, device)
-        for name in _FIELDS:
+        for name in FIELDS:
             value = spec[name]
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self._dense: tuple[tuple[int, int, int], Tensor] | None = None  # what it was made from, and the weight
@@ -58,7 +56,7 @@ class SparseConv2d(SparseWeight):
         weight = conv.weight
         if mask is not None and mask.shape != weight.shape:
             raise ValueError(f"the mask has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
-        fields = {name: getattr(conv, name) for name in _FIELDS}
+        fields = {name: getattr(conv, name) for name in FIELDS}
         dtype = str(weight.dtype).removeprefix("torch.")
         layer = cls({**fields, "nnz": 0, "bias": False, "dtype": dtype}, device=weight.device)
         layer._take(weight, weight.flatten(1), None if mask is None else mask.flatten(1), conv.bias)
@@ -67,10 +65,10 @@ class SparseConv2d(SparseWeight):
     @property
     def pointwise(self) -> bool:
         """Whether this is a linear layer over channels, and runs the sparse kernels."""
-        return self.kernel_size == (1, 1) and self.groups == 1 and self.padding in ((0, 0), "valid", "same")
+        return is_pointwise(self)
 
     def spec(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in _FIELDS}
+        fields = {name: getattr(self, name) for name in FIELDS}
         return {
             "type": "SparseConv2d",
             **{name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()},
@@ -127,7 +125,7 @@ class SparseConv2d(SparseWeight):
 
     def to_conv2d(self) -> nn.Conv2d:
         """The ordinary convolution with zeros where weights were pruned; shares the bias."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
+        fields: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
         dense = nn.Conv2d(**fields, bias=False, device="meta", dtype=self.values.dtype)
         dense.weight = nn.Parameter(self.dequantize().detach().clone(), requires_grad=self.values.requires_grad)
         dense.bias = self.bias

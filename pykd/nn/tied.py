@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from pykd.nn.compressed import CompressedModule
+from pykd.nn.compressed import CompressedModule, dense_linear
 from pykd.nn.embedding import CompressedEmbedding
 
 
@@ -107,10 +107,7 @@ class TiedLinear(Tied):
 
     def to_linear(self) -> nn.Linear:
         """An ordinary linear layer with a dequantized weight of its own; shares the bias."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
-        dense.weight = nn.Parameter(self.dequantize())
-        dense.register_parameter("bias", self.bias)
-        return dense
+        return dense_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.source.multiply(x, self.bias)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pykd.data.bundle import Batch, DataBundle, Item, digest, random_split
-from pykd.data.sources import load_tokenizer, tables, texts
+from pykd.data.sources import load_tokenizer, preprocessing, tables, texts
 from pykd.data.tokens import IGNORED
 from pykd.errors import DataError, nearest
 
@@ -133,13 +133,6 @@ def load_language(
     tokenizer = load_tokenizer(tokenizer)  # last, because it may come from the hub
     collate = _collate(tokenizer, task, mask_share, seed)
     rows = [_rows(part, tokenizer, max_length, pack=pack, name=str(source)) for part in splits]
-    preprocessing = {
-        "source": str(source),
-        "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
-        "max_length": max_length,
-        "pack": pack,
-        "seed": seed,
-    } | ({"mask_share": mask_share} if task == "masked-lm" else {})
     return DataBundle(
         train=TokenRows(rows[0], tokenizer),
         test=TokenRows(rows[1], tokenizer),
@@ -147,7 +140,8 @@ def load_language(
         class_names=(),
         name=Path(source).name,
         fingerprint=digest([task, mask_share, seed, len(tokenizer), *rows]),
-        preprocessing=preprocessing,
+        preprocessing=preprocessing(source, tokenizer, max_length=max_length, pack=pack, seed=seed)
+        | ({"mask_share": mask_share} if task == "masked-lm" else {}),
         tokenizer=tokenizer,
         task=task,
     )

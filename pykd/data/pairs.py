@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pykd.data.bundle import Batch, DataBundle, Item, digest, random_split
-from pykd.data.sources import load_tokenizer, tables, texts
+from pykd.data.sources import load_tokenizer, preprocessing, tables, texts
 from pykd.data.tokens import IGNORED
 from pykd.errors import DataError
 
@@ -83,14 +83,6 @@ def load_pairs(
         for part in random_split(len(sources), test_size, seed=seed, name=train.source):
             splits.append(([sources[row] for row in part], [targets[row] for row in part]))
     tokenizer = load_tokenizer(tokenizer)  # last, because it may come from the hub
-    preprocessing = {
-        "source": str(source),
-        "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
-        "prefix": prefix,
-        "max_length": max_length,
-        "max_target_length": max_target_length,
-        "seed": seed,
-    }
     facts = [prefix, max_length, max_target_length, len(tokenizer), type(tokenizer).__name__]
     return DataBundle(
         train=Pairs(*splits[0]),
@@ -99,7 +91,9 @@ def load_pairs(
         class_names=(),
         name=Path(source).name,
         fingerprint=digest([*facts, *(part for split in splits for part in split)]),
-        preprocessing=preprocessing,
+        preprocessing=preprocessing(
+            source, tokenizer, prefix=prefix, max_length=max_length, max_target_length=max_target_length, seed=seed
+        ),
         tokenizer=tokenizer,
         task="seq2seq-lm",
     )

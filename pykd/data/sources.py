@@ -57,6 +57,16 @@ def texts(table: Table, text_column: str) -> list[str]:
     return column
 
 
+def preprocessing(source: str | Path, tokenizer: Any, **numbers: Any) -> dict[str, Any]:
+    """What was done to the texts, for a saved model's record: source, tokenizer, and the loader's numbers.
+
+    >>> preprocessing("a.csv", object(), seed=0)
+    {'source': 'a.csv', 'tokenizer': 'object', 'seed': 0}
+    """
+    name = str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__))
+    return {"source": str(source), "tokenizer": name, **numbers}
+
+
 def load_tokenizer(tokenizer: Any) -> Any:
     """A tokenizer as it is, or by its name or folder. Raises DataError, with the reason, when it cannot be loaded."""
     if not isinstance(tokenizer, (str, Path)):

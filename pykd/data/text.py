@@ -9,7 +9,7 @@ from typing import Any
 from pykd.data.bundle import Batch, DataBundle, Item, digest, stratified_split
 from pykd.data.labels import class_names as names_of
 from pykd.data.labels import encode
-from pykd.data.sources import load_tokenizer, tables
+from pykd.data.sources import load_tokenizer, preprocessing, tables
 from pykd.data.sources import texts as texts_of
 from pykd.errors import DataError
 
@@ -88,12 +88,6 @@ def load_text(
         for rows in stratified_split(labels, test_size, seed=seed, name=train.source):
             splits.append(([texts[row] for row in rows], [labels[row] for row in rows]))
     tokenizer = load_tokenizer(tokenizer)  # last, because it may come from the hub
-    preprocessing = {
-        "source": str(source),
-        "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
-        "max_length": max_length,
-        "seed": seed,
-    }
     content = [part for texts, labels in splits for part in (*texts, labels)]
     facts = [names, max_length, len(tokenizer), type(tokenizer).__name__]
     return DataBundle(
@@ -103,6 +97,6 @@ def load_text(
         class_names=tuple(names),
         name=Path(source).name,
         fingerprint=digest([*facts, *content]),
-        preprocessing=preprocessing,
+        preprocessing=preprocessing(source, tokenizer, max_length=max_length, seed=seed),
         tokenizer=tokenizer,
     )

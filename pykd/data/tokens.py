@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pykd.data.bundle import Batch, DataBundle, Item, digest, random_split
-from pykd.data.sources import load_tokenizer, tables
+from pykd.data.sources import load_tokenizer, preprocessing, tables
 from pykd.data.tables import Table
 from pykd.errors import DataError, nearest
 
@@ -103,12 +103,6 @@ def load_tokens(
     tokenizer = load_tokenizer(tokenizer)  # last, because it may come from the hub
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"{type(tokenizer).__name__} does not know which word a token is from; use a fast tokenizer")
-    preprocessing = {
-        "source": str(source),
-        "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
-        "max_length": max_length,
-        "seed": seed,
-    }
     facts = [names, max_length, len(tokenizer), type(tokenizer).__name__]
     return DataBundle(
         train=TaggedWords(*splits[0]),
@@ -117,7 +111,7 @@ def load_tokens(
         class_names=tuple(names),
         name=Path(source).name,
         fingerprint=digest([*facts, *(part for split in splits for part in split)]),
-        preprocessing=preprocessing,
+        preprocessing=preprocessing(source, tokenizer, max_length=max_length, seed=seed),
         tokenizer=tokenizer,
         task="token-classification",
     )

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?= full
+TEST_JOBS ?= auto
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c requirements-dev.txt
 NATIVE := $(shell find csrc kernels -type f 2>/dev/null) CMakeLists.txt pyproject.toml requirements-dev.txt
@@ -32,10 +33,10 @@ demo: $(VENV)/.installed-all  ## compress a real model on real data, end to end 
 	$(BIN)/pykd run recipes/digits.yaml $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test  ## every test but those marked gpu, slow, network or browser
-	$(BIN)/python -m pytest -q -m "$(FAST)" $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --maxprocesses 8 --dist loadfile -m "$(FAST)" $(TEST_ARGS)
 
 test-all: $(VENV)/.installed-test  ## every test; what this machine cannot run is skipped with its reason
-	$(BIN)/python -m pytest -q $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --maxprocesses 8 --dist loadfile $(TEST_ARGS)
 
 bench: $(VENV)/.installed-test $(VENV)/.installed-bench  ## check, then time pykd beside its peers (BENCH=small: the smallest shapes, once)
 	@mkdir -p benchmarks/results

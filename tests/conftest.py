@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores; before torch reads it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -21,6 +28,34 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, with that reason, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forgets_compiled_code() -> Iterator[None]:
+    """What one test compiled counts toward the limit of recompilations of the next, in any order of tests."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of 64 KiB, which only root can mount; others have the tests that fake a full disk."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a small file system needs root and the right to mount; full disks are also tested by faked errors")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -20,11 +19,6 @@ INF = float("inf")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LAUNCHERS = {"cuda": gpu.launch_cuda, "triton": gpu.launch_triton}
 CLASSES = [1000, 32_000, 65_537, 128_256, 151_936]  # 65537: rows begin at every alignment of the element
-
-
-def on_gpu(test: Any) -> Any:
-    """Marks a test as one for a GPU, skipped with that reason elsewhere."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")(test))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +103,7 @@ def case(rows: int, classes: int, dtype: torch.dtype, teacher_dtype: torch.dtype
     return student.to(dtype), teacher.to(teacher_dtype or dtype), labels, torch.rand(rows, device="cuda") + 0.5
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -124,7 +118,7 @@ def test_on_a_gpu(classes: int, direction: str, dtype: torch.dtype, name: str) -
         check(name, student, teacher, None, scale, chosen)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("student_classes", "teacher_classes"), [(151_936, 152_064), (70_003, 66_001), (40, 70_001)])
@@ -138,7 +132,7 @@ def test_vocabularies_of_different_size_and_strides(
         check(name, student, teacher, labels, torch.ones(5, device="cuda"), options(direction, smoothing=0.0))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("classes", [1000, 70_001])
@@ -157,7 +151,7 @@ def test_minus_infinity_nan_and_skipped_rows_on_a_gpu(classes: int, direction: s
     check(name, student, teacher, labels, scale, options(direction, smoothing=0.0))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("types", [(BF16, F32), (F32, F16), (F16, BF16)], ids=str)
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_mixed_types_on_a_gpu(name: str, types: tuple[torch.dtype, torch.dtype]) -> None:
@@ -165,7 +159,7 @@ def test_mixed_types_on_a_gpu(name: str, types: tuple[torch.dtype, torch.dtype])
         check(name, *case(5, classes, *types), options("jsd"))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("classes", [1000, 65_537, 128_256])
@@ -176,7 +170,7 @@ def test_in_place_on_a_gpu(classes: int, direction: str, name: str) -> None:
     torch.testing.assert_close((losses, student), want, rtol=0, atol=0)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_without_gradient_on_a_gpu(direction: str, name: str) -> None:
@@ -194,7 +188,7 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode(before)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("classes", [1000, 128_256])
 def test_the_host_never_waits(classes: int, no_waiting: None) -> None:
     student, teacher, labels, scale = case(4, classes, BF16)
@@ -204,7 +198,7 @@ def test_the_host_never_waits(classes: int, no_waiting: None) -> None:
     torch.ops.pykd.kl_div_(student.detach().clone(), teacher, labels, scale, *options("reverse"))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("classes", [1000, 128_256])
 def test_captured_in_a_graph_and_replayed(classes: int, name: str) -> None:
@@ -220,13 +214,13 @@ def test_captured_in_a_graph_and_replayed(classes: int, name: str) -> None:
     torch.testing.assert_close((losses, gradient), want, rtol=0, atol=0)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_more_than_2_to_the_31_elements(name: str) -> None:
     rows, classes = 14_500, 151_936
     if torch.cuda.mem_get_info()[0] < 3 * 2 * rows * classes:
-        pytest.skip("needs 14 GB of free GPU memory")
+        pytest.skip("two tensors of more than 2^31 elements need 14 GB of free GPU memory")
     student, teacher = (torch.empty(rows, classes, dtype=BF16, device="cuda").normal_() for _ in range(2))
     labels = torch.arange(rows, device="cuda")
     last = [x[-2:].clone() for x in (student, teacher)]

@@ -80,6 +80,13 @@ class CompressedModule(nn.Module, abc.ABC):
         """The canonical tensors that are not registered under their names at the moment, made from the layout."""
         return {}
 
+    def _register(self, tensors: dict[str, Tensor], *, persistent: bool = True) -> None:
+        """Let these be the module's buffers, and no others."""
+        for name in list(self._buffers):
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=persistent)
+
     # How nn.Module reads, writes and moves its tensors.
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

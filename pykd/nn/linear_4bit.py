@@ -105,12 +105,6 @@ class Weight4bit(CompressedModule):
         self.nnz = kept if sparse_bytes < tensors.qweight.numel() else None
         self._register(self._stored(tensors))
 
-    def _register(self, tensors: dict[str, Tensor], *, persistent: bool = True) -> None:
-        for name in list(self._buffers):
-            delattr(self, name)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=persistent)
-
     def _register_empty(self, spec: dict[str, Any], device: torch.device | str | None) -> None:
         """Zero-filled canonical tensors of the shapes that `spec` says."""
         self.dtype, self.nnz = getattr(torch, spec["dtype"]), spec["nnz"]

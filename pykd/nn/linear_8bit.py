@@ -58,12 +58,6 @@ class Weight8bit(CompressedModule):
         self.nnz = kept if self.rows * -(-self.columns // 8) + kept < tensors.qweight.numel() else None
         self._register(self._stored(tensors))
 
-    def _register(self, tensors: dict[str, Tensor], *, persistent: bool = True) -> None:
-        for name in list(self._buffers):
-            delattr(self, name)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=persistent)
-
     def _register_empty(self, spec: dict[str, Any], device: torch.device | str | None) -> None:
         self.dtype, self.nnz = getattr(torch, spec["dtype"]), spec["nnz"]
         groups = () if self.group_size is None else (groups_of(self.columns, self.group_size).number,)

@@ -40,18 +40,21 @@ class SparseConv2d(SparseWeight):
         """An empty layer from every field of `spec()` but the type; `from_conv2d` is the usual way."""
         columns = spec["in_channels"] // spec["groups"] * spec["kernel_size"][0] * spec["kernel_size"][1]
         dtype = getattr(torch, spec["dtype"])
-        super().__init__(spec["out_channels"], columns, spec["nnz"], spec["bias"], dtype, device)
+        format = spec.get("format", "bitmask")  # files of earlier versions know no other
+        super().__init__(spec["out_channels"], columns, spec["nnz"], spec["bias"], dtype, device, format)
         for name in FIELDS:
             value = spec[name]
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self._dense: tuple[tuple[int, int, int], Tensor] | None = None  # what it was made from, and the weight
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, *, mask: Tensor | None = None) -> Self:
+    def from_conv2d(cls, conv: nn.Conv2d, *, mask: Tensor | None = None, format: str = "auto") -> Self:
         """The layer without the weights that `mask` prunes (boolean, the weight's shape; default: weight != 0).
 
+        format: as in `SparseLinear.from_linear`, of the matrix [out_channels, in_channels / groups * kh * kw].
+
         Raises:
-            ValueError: the mask is not boolean or not of the weight's shape.
+            ValueError: the mask is not boolean or not of the weight's shape, or does not fit the format.
         """
         weight = conv.weight
         if mask is not None and mask.shape != weight.shape:
@@ -59,7 +62,7 @@ class SparseConv2d(SparseWeight):
         fields = {name: getattr(conv, name) for name in FIELDS}
         dtype = str(weight.dtype).removeprefix("torch.")
         layer = cls({**fields, "nnz": 0, "bias": False, "dtype": dtype}, device=weight.device)
-        layer._take(weight, weight.flatten(1), None if mask is None else mask.flatten(1), conv.bias)
+        layer._take(weight, weight.flatten(1), None if mask is None else mask.flatten(1), conv.bias, format)
         return layer.train(conv.training)
 
     @property
@@ -75,6 +78,7 @@ class SparseConv2d(SparseWeight):
             "nnz": self.values.numel(),
             "bias": self.bias is not None,
             "dtype": str(self.values.dtype).removeprefix("torch."),
+            "format": self.format,
         }
 
     @classmethod
@@ -134,4 +138,4 @@ class SparseConv2d(SparseWeight):
     def extra_repr(self) -> str:
         shown = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
         fields = ", ".join(f"{name}={getattr(self, name)}" for name in shown)
-        return f"{fields}, bias={self.bias is not None}, sparsity={self.sparsity:.3f}"
+        return f"{fields}, bias={self.bias is not None}, sparsity={self.sparsity:.3f}{self._shown_format()}"

@@ -3,13 +3,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from pykd.nn import COMPRESSED, SparseLinear
+from pykd.nn.codecs.sparse_formats import index_shapes
 
 
 def pruned(out: int = 24, columns: int = 37, density: float = 0.3, **options: object) -> tuple[nn.Linear, SparseLinear]:
@@ -34,6 +36,44 @@ def test_computes_what_the_dense_layer_computes(dtype: torch.dtype, bias: bool) 
     assert layer.to_dense().bias is layer.bias
     assert layer.sparsity == pytest.approx(float((linear.weight == 0).float().mean()))
     assert torch.equal(layer.mask, linear.weight != 0)
+
+
+@pytest.mark.parametrize("format", ["csr16", "4x1", "16x16", "2:4", "1:4"])
+@torch.no_grad()
+def test_every_format_computes_saves_and_moves(mask_of: Callable[..., Tensor], format: str) -> None:
+    linear = nn.Linear(64, 40)
+    mask = mask_of(format, 40, 64)
+    layer = SparseLinear.from_linear(linear, mask=mask, format=format)
+    x = torch.randn(3, 64)
+    want = F.linear(x, linear.weight * mask, linear.bias)
+    torch.testing.assert_close(layer(x), want)
+    assert torch.equal(layer.weight, linear.weight * mask) and f"format={format}" in repr(layer)
+    index = set(index_shapes(format, 40, 64, int(mask.sum())))
+    state = layer.state_dict()
+    assert set(state) == {"values", "bias"} | index and layer.spec()["format"] == format
+    for device in (None, "meta"):
+        other = COMPRESSED["SparseLinear"].from_spec(layer.spec(), device=device)
+        other.load_state_dict(state, assign=device == "meta")
+        assert torch.equal(other(x), layer(x)) and set(other.state_dict()) == set(state)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).to("meta")):
+        assert set(other.state_dict()) == set(state)
+    assert set(dict(layer.named_buffers())) == {"bitmask"}
+
+
+def test_files_without_a_format_hold_a_bitmask() -> None:
+    _, layer = pruned()
+    spec = {name: value for name, value in layer.spec().items() if name != "format"}
+    old = SparseLinear.from_spec(spec)
+    assert set(old.state_dict()) == {"bitmask", "values", "bias"}
+    old.load_state_dict(layer.state_dict())
+    assert old.spec() == layer.spec()
+
+
+def test_a_layer_that_was_damaged_is_not_saved() -> None:
+    _, layer = pruned()
+    layer.bitmask[0, 0] ^= 1
+    with pytest.raises(ValueError, match="corrupt packed weight"):
+        layer.state_dict()
 
 
 def test_training_moves_the_kept_weights_only_and_inference_follows() -> None:

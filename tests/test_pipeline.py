@@ -157,6 +157,7 @@ def test_a_run_leaves_reports_models_and_a_log(finished: Run) -> None:
     assert any("teacher: trained in this run" in line for line in log)
     assert not (folder / "checkpoints" / "1-distill").exists()
     manifest = json.loads((folder / "model" / "pykd_manifest.json").read_text())
+    assert manifest["provenance"]["teacher"]["sha256"] == finished.measured[0].sha256
     assert [entry["name"] for entry in manifest["provenance"]["metrics"]] == [entry.name for entry in finished.reports]
     for stage in STAGES[1:]:
         assert weights(folder / "stages" / stage)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
 from collections.abc import Collection
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,6 @@ def write_manifest(folder: Path, *, provenance: dict[str, Any], stages: list[dic
     `provenance` (teacher, recipe, data fingerprint ...) and `stages` (`model.pykd_report`) must be JSON values; they
     are returned unchanged by `read_manifest`. Raises ArtifactError if they are not.
     """
-    import torch
-
-    from pykd import __version__
-
     files = {
         str(file.relative_to(folder)): {"sha256": sha256(file), "bytes": file.stat().st_size}
         for file in sorted(folder.rglob("*"))
@@ -34,7 +33,7 @@ def write_manifest(folder: Path, *, provenance: dict[str, Any], stages: list[dic
     content = {
         "format_version": FORMAT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"pykd": __version__, "torch": torch.__version__},
+        "versions": versions(),
         "files": files,
         "provenance": provenance,
         "stages": stages,
@@ -47,6 +46,19 @@ def write_manifest(folder: Path, *, provenance: dict[str, Any], stages: list[dic
             "convert tensors and arrays to numbers."
         ) from error
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, pykd, torch, and what else is installed of the libraries that models come from."""
+    import torch
+
+    from pykd import __version__
+
+    found = {"python": platform.python_version(), "pykd": __version__, "torch": torch.__version__}
+    for name in ("transformers", "torchvision", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

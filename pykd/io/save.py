@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pykd.errors import ArtifactError
+from pykd.errors import ArtifactError, nearest
 from pykd.io import structure
+from pykd.io.card import CARD, model_card
+from pykd.io.export.dense import densify
 from pykd.io.files import atomic_directory, check_vacant
 from pykd.io.manifest import FORMAT_VERSION, owned, write_manifest
 from pykd.io.structure import Structure
@@ -20,6 +22,8 @@ from pykd.models.adapter import origin, skeleton, unwrap
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+#: What `save_pretrained` writes: packed layers, or ordinary ones.
+SAVED = ("pykd", "dense")
 
 
 def save_pretrained(
@@ -30,13 +34,19 @@ def save_pretrained(
     processor: Any = None,
     provenance: dict[str, Any] | None = None,
     overwrite: bool = False,
+    format: str = "pykd",
 ) -> Path:
     """Save a model, dense or compressed, so that `pykd.from_pretrained(path)` returns one with identical logits.
 
     The folder holds `config.json`, `model.safetensors` (packed weights, pruned shapes, tied weights once, no pickle),
-    `pykd_manifest.json` (checksums, `provenance`, and the stages in `model.pykd_report`) and the files of `tokenizer`
-    and `processor`. A Hugging Face model also loads with `AutoModelFor....from_pretrained(path)` once pykd is
-    imported; if nothing was compressed, even without pykd. The model is not changed. Returns the path.
+    `pykd_manifest.json` (checksums, versions, `provenance`, and the stages in `model.pykd_report`), `README.md` (the
+    model card that hubs show) and the files of `tokenizer` and `processor`. A Hugging Face model also loads with
+    `AutoModelFor....from_pretrained(path)` once pykd is imported; if nothing was compressed, even without pykd. The
+    model is not changed. Returns the path.
+
+    format: "pykd", or "dense" for an ordinary checkpoint that nobody needs pykd for: weights dequantized, pruned ones
+    zero, layers with widths of their own filled up with zeros (`pykd.io.export.dense.densify`, which also says what it
+    refuses). A torchvision model's file is then a state dict; the README says how to load it.
 
     Raises ArtifactError if the path holds something else (or a saved model, without `overwrite`), if the disk is
     full, or if the model has a layer that cannot be described; nothing is half-written.
@@ -46,23 +56,30 @@ def save_pretrained(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = save_pretrained(load_torchvision("squeezenet1_1", num_classes=3), f"{folder}/model")
     ...     sorted(os.listdir(path))
-    ['config.json', 'model.safetensors', 'pykd_manifest.json']
+    ['README.md', 'config.json', 'model.safetensors', 'pykd_manifest.json']
     """
-    model = unwrap(model)
+    if format not in SAVED:
+        raise ArtifactError(f"{nearest('format', format, SAVED)} Others are written by `pykd.export`.")
     path = Path(path)
     check_vacant(path, overwrite=overwrite, owned=owned)
+    model = densify(model) if format == "dense" else unwrap(model)
     described, tensors = snapshot(model)
     with atomic_directory(path, overwrite=overwrite, owned=owned) as folder:
         if origin(model)["source"] == "huggingface":
+            compressed = needs_plugin(model, described, tensors)
             _write_huggingface_config(model, described, tensors, folder)
         else:
+            compressed = described.changes()
             content = {"pykd": {"format_version": FORMAT_VERSION, **described.to_dict()}, "origin": origin(model)}
             (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _write_tensors(tensors, folder / WEIGHTS)
         for companion in (tokenizer, processor):
             if companion is not None:
                 companion.save_pretrained(folder)
-        write_manifest(folder, provenance=provenance or {}, stages=getattr(model, "pykd_report", []))
+        about: dict[str, Any] = {"provenance": provenance or {}, "stages": getattr(model, "pykd_report", [])}
+        card = model_card(model, **about, compressed=compressed, name=path.absolute().name)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        write_manifest(folder, **about)
     return path
 
 

@@ -32,6 +32,16 @@ def update_config(model: nn.Module) -> None:
         _set_if_valid(config, _head_changes(config, *shapes.pop()))
 
 
+def widest_config(model: nn.Module) -> Any:
+    """A copy of ``model.config`` whose feed-forward width is that of the model's widest block."""
+    config = copy.deepcopy(model.config)
+    name = next((name for name in NEURONS if isinstance(getattr(config, name, None), int)), None)
+    neurons = [block.units for block in feed_forward_blocks(model)]
+    if neurons and name is not None:
+        setattr(config, name, max(neurons))
+    return config
+
+
 def keep_layer_types(config: Any, kept: Sequence[int]) -> None:
     """Slice the per-layer list that some decoders keep (``layer_types``), count DeepSeek's dense layers again."""
     dense = getattr(config, "first_k_dense_replace", None)

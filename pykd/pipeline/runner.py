@@ -20,6 +20,7 @@ from pykd.evaluation import evaluate, interleaved_latency
 from pykd.io.files import sha256
 from pykd.io.load import from_pretrained
 from pykd.io.save import WEIGHTS, save_pretrained
+from pykd.models.adapter import origin
 from pykd.pipeline.directory import RunDirectory
 from pykd.pipeline.monitor import EVENTS
 from pykd.pipeline.reload import Reload, check_reload
@@ -202,8 +203,11 @@ class Pipeline:
         )
 
     def _provenance(self, stage: str) -> dict[str, Any]:
+        known = self.measured[:1]  # the teacher's own folder is saved before it is measured
+        teacher = {"teacher": {**origin(self.teacher), "sha256": known[0].sha256}} if known else {}
         return {
             "stage": stage,
+            **teacher,
             "recipe": self.recipe.model_dump(mode="json", exclude_unset=True),
             "recipe_hash": recipe_hash(self.recipe),
             "data": self.data.describe(),

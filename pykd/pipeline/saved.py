@@ -19,14 +19,12 @@ from pykd.io.load import from_pretrained
 from pykd.io.manifest import MANIFEST, read_manifest
 from pykd.io.save import CONFIG, WEIGHTS, save_pretrained
 from pykd.models.adapter import logits, num_classes, origin
+from pykd.models.example import example_batch
 from pykd.models.huggingface import TASKS, load_huggingface
 from pykd.pipeline.sources import build_data
 from pykd.pruning import prune
 from pykd.quantization import METHODS, check_embeddings, check_method, quantize
 from pykd.recipe import RecipeLike, load_recipe
-
-#: Side of the image that a model is tried with when nothing says what it was made for.
-IMAGE_SIZE = 224
 
 
 def load_saved(path: str | Path) -> nn.Module:
@@ -62,7 +60,7 @@ def prune_saved(path: str | Path, output: str | Path, **options: Any) -> dict[st
     """Load, prune (options as for :func:`pykd.prune`), save to ``output``; returns what changed."""
 
     def verb(model: nn.Module) -> None:
-        prune(model, example=example_batch(model, Path(path)), **options)
+        prune(model, example=example_of(model, Path(path)), **options)
 
     return _rewrite(Path(path), Path(output), verb)
 
@@ -100,7 +98,7 @@ def verify_saved(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     model = load_saved(folder)
     with torch.no_grad():
-        scores = logits(model, example_batch(model, folder))
+        scores = logits(model, example_of(model, folder))
     if not bool(scores.isfinite().all()):
         raise ArtifactError(
             f"{folder} loads, but its forward pass gives values that are not finite; save the model again"
@@ -123,18 +121,10 @@ def verify_saved(path: str | Path) -> dict[str, Any]:
     }
 
 
-def example_batch(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+def example_of(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     """An input the model accepts: token numbers for text, an image of the size it was made for."""
-    config: Any = getattr(model, "config", None)
-    if getattr(model, "main_input_name", "pixel_values") == "input_ids":
-        ids = torch.arange(1, 9)[None] % config.get_text_config().vocab_size
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return batch | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
     made_for = _provenance(folder).get("data", {}).get("preprocessing", {})
-    size = getattr(config, "image_size", None) or made_for.get("image_size", IMAGE_SIZE)
-    channels = getattr(config, "num_channels", None) or made_for.get("channels", 3)
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return {"pixel_values": torch.zeros(1, channels, height, width)}
+    return example_batch(model, image_size=made_for.get("image_size"), channels=made_for.get("channels"))
 
 
 def _rewrite(path: Path, output: Path, verb: Callable[[nn.Module], None]) -> dict[str, Any]:

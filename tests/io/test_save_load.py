@@ -111,7 +111,7 @@ def test_report_and_provenance_come_back(tmp_path: Path, models: Models) -> None
         assert loaded.pykd_report == model.pykd_report
         manifest = json.loads((folder / "pykd_manifest.json").read_text())
         assert manifest["provenance"] == {"teacher": "resnet18"}
-        assert set(manifest["files"]) == {"config.json", "model.safetensors"}
+        assert set(manifest["files"]) == {"README.md", "config.json", "model.safetensors"}
     assert loaded.pykd_origin == model.pykd_origin
 
 

@@ -33,6 +33,7 @@ ModelDir = Annotated[Path, typer.Argument(help="folder that pykd saved (or a loc
 OutputDir = Annotated[Path, typer.Argument(help="folder to write; must not hold anything else")]
 Include = Annotated[list[str] | None, typer.Option(help="only layers whose name matches; may be repeated")]
 Exclude = Annotated[list[str] | None, typer.Option(help="not layers whose name matches; may be repeated")]
+Recipe = Annotated[Path | None, typer.Option(help="take the data from this recipe, not from the model's own")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key of the recipe")]
 
 
@@ -68,9 +69,7 @@ def run(
 @app.command()
 def evaluate(
     model: ModelDir,
-    recipe: Annotated[
-        Path | None, typer.Option(help="take the data from this recipe, not from the model's own")
-    ] = None,
+    recipe: Recipe = None,
     settings: Set = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     latency_rounds: Annotated[int, typer.Option(min=1, help="timed calls at batch 1")] = 50,
@@ -102,20 +101,34 @@ def evaluate(
 def prune(
     model: ModelDir,
     output: OutputDir,
-    method: Annotated[str, typer.Option(help="magnitude, channels, heads or neurons")] = "magnitude",
-    sparsity: Annotated[float, typer.Option(help="share of weights, or of units per group, that goes")] = 0.5,
+    method: Annotated[
+        str,
+        typer.Option(help="magnitude, random, wanda or sparsegpt: weights; channels, heads, neurons or layers: units"),
+    ] = "magnitude",
+    sparsity: Annotated[
+        float | None, typer.Option(help="share of weights, or of units per group, that goes; default 0.5")
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="weights: meet the share in global, layer or row")] = None,
+    pattern: Annotated[str | None, typer.Option(help="weights: so many kept of so many neighbours, as 2:4")] = None,
+    importance: Annotated[str | None, typer.Option(help="units: l2, l1, taylor or activation")] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="training examples that wanda, sparsegpt, taylor and activation look at")
+    ] = 256,
+    recipe: Recipe = None,
+    settings: Set = None,
     include: Include = None,
     exclude: Exclude = None,
     rows: Annotated[
         list[int] | None,
-        typer.Option(help="magnitude: measure sparse against dense for calls of so many rows; may be repeated"),
+        typer.Option(help="weights: measure sparse against dense for calls of so many rows; may be repeated"),
     ] = None,
 ) -> None:
     """Prune a saved model into a new folder."""
     from pykd.pipeline import prune_saved
 
-    options: dict[str, Any] = {"method": method, "sparsity": sparsity, "include": include, "exclude": exclude}
-    _table(prune_saved(model, output, **options, rows=rows or None))
+    options: dict[str, Any] = {"scope": scope, "pattern": pattern, "importance": importance, "rows": rows or None}
+    options |= {"method": method, "sparsity": sparsity, "samples": samples, "include": include, "exclude": exclude}
+    _table(prune_saved(model, output, recipe=recipe, overrides=settings or (), **options))
 
 
 @app.command()
@@ -128,9 +141,7 @@ def quantize(
     symmetric: Annotated[bool, typer.Option(help="w4a16 and w4a8 without zero points")] = True,
     samples: Annotated[int, typer.Option(min=1, help="training examples to look at")] = 256,
     embeddings: Annotated[str | None, typer.Option(help="also the embeddings: w8a16, w4a16, nf4 or fp4")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="take the data from this recipe, not from the model's own")
-    ] = None,
+    recipe: Recipe = None,
     settings: Set = None,
     include: Include = None,
     exclude: Exclude = None,

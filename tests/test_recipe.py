@@ -247,3 +247,15 @@ def test_wrong_files(tmp_path: pathlib.Path) -> None:
 def test_short_needs_its_section() -> None:
     with pytest.raises(RecipeError, match=r"recipe: --short needs a section `short`"):
         load_recipe(GOOD, short=True)
+
+
+def test_prune_takes_a_pattern_as_yaml_reads_it_and_refuses_what_the_method_does_not_read() -> None:
+    read = load_recipe(GOOD, overrides=["stages[1].prune={pattern: 2:4, method: wanda}"])
+    assert read.stages[1].prune is not None and read.stages[1].prune.pattern == "2:4"
+    for setting, sentence in (
+        ("{method: heads, pattern: 2:4}", r"stages\[1\]\.prune: pattern says which single weights go together"),
+        ("{method: wnada}", r"stages\[1\]\.prune\.method: unknown method 'wnada': did you mean 'wanda'"),
+        ("{scope: rows}", r"stages\[1\]\.prune: unknown scope 'rows': did you mean 'row'"),
+    ):
+        with pytest.raises(RecipeError, match=sentence):
+            load_recipe(GOOD, overrides=[f"stages[1].prune={setting}"])

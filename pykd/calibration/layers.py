@@ -21,7 +21,7 @@ from pykd.data.bundle import DataBundle, permutation
 from pykd.errors import DataError
 from pykd.models.adapter import call, move
 from pykd.nn import CompressedModule
-from pykd.nn.selection import LINEAR
+from pykd.nn.selection import LINEAR, as_linear, transposed
 
 Batch = Mapping[str, Any]
 #: What calibration reads: a data set, or batches as the model takes them.
@@ -130,7 +130,7 @@ def _survey(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) ->
 
 
 def _both_linear(model: nn.Module, *names: str) -> bool:
-    return all(isinstance(model.get_submodule(name), LINEAR) for name in names)
+    return all(isinstance(model.get_submodule(name), (*LINEAR, *transposed())) for name in names)
 
 
 def _parties(runs: _Runs) -> Iterator[list[str]]:
@@ -150,7 +150,7 @@ def _parties(runs: _Runs) -> Iterator[list[str]]:
 def _measure(model: nn.Module, name: str, batches: Sequence[Batch], calls: Sequence[int]) -> Inputs:
     """Run every batch as far as the layer's last call in it."""
     layer = model.get_submodule(name)
-    accumulator = Accumulator(layer.to_dense() if isinstance(layer, CompressedModule) else layer)
+    accumulator = Accumulator(layer.to_dense() if isinstance(layer, CompressedModule) else as_linear(layer))
     for batch, count in zip(batches, calls, strict=True):
         if count:
             _feed(model, layer, move(batch, _device(model)), count, accumulator)

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Pattern(NamedTuple):
+    """N:M sparsity: of every `group` neighbouring inputs of an output, `kept` stay (Mishra et al. 2021)."""
+
+    kept: int
+    group: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that goes."""
+        return 1 - self.kept / self.group
+
+
+def pattern_of(text: object) -> Pattern:
+    """The pattern that a text like "2:4" names.
+
+    Raises:
+        ValueError: it is no such text, or keeps none or all of the group.
+
+    >>> pattern_of("1:4")
+    Pattern(kept=1, group=4)
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+    if found is None or not 0 < int(found[1]) < int(found[2]):
+        raise ValueError(f"pattern is N:M, N weights kept of M neighbours, as '2:4' or '1:4'; got {text!r}")
+    return Pattern(int(found[1]), int(found[2]))
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -61,3 +90,38 @@ def masks_at_sparsity(scores: Mapping[str, Tensor], sparsity: float) -> dict[str
     kept[torch.sort(flat, stable=True).indices[:prune]] = False
     parts = torch.split(kept, [score.numel() for score in scores.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def mask_of_rows(scores: Tensor, sparsity: float) -> Tensor:
+    """Boolean mask that keeps the largest scores of every row: ``round(sparsity * columns)`` of each go.
+
+    Args:
+        scores: [rows, columns]; larger matters more. Among equal ones those that come first go first.
+        sparsity: share to prune, in [0, 1].
+
+    >>> mask_of_rows(torch.tensor([[1.0, 4.0], [3.0, 2.0]]), 0.5)
+    tensor([[False,  True],
+            [ True, False]])
+    """
+    count = round(sparsity * scores.shape[1])
+    order = torch.sort(scores, dim=1, stable=True).indices
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], False)
+
+
+def mask_of_pattern(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Boolean mask that keeps the `pattern.kept` largest scores of every `pattern.group` neighbours in a row.
+
+    Args:
+        scores: [rows, columns], columns a multiple of the group; larger matters more.
+
+    Raises:
+        ValueError: the columns are no multiple of the group.
+
+    >>> mask_of_pattern(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), Pattern(2, 4))
+    tensor([[False,  True,  True, False]])
+    """
+    rows, columns = scores.shape
+    if columns % pattern.group:
+        raise ValueError(f"a pattern of {pattern.group} neighbours divides no row of {columns} inputs")
+    groups = mask_of_rows(scores.reshape(-1, pattern.group), pattern.sparsity)
+    return groups.view(rows, columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -18,6 +19,27 @@ LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, SparseLinear)
 CONVOLUTION: tuple[type[nn.Module], ...] = (nn.Conv2d, SparseConv2d)
 #: Layers whose rows are looked up; an output projection may share their weight.
 EMBEDDING: tuple[type[nn.Module], ...] = (nn.Embedding,)
+
+
+def transposed() -> tuple[type[nn.Module], ...]:
+    """GPT-2's linear layers, whose weight is [in_features, out_features]; none while transformers is not loaded."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return (module.Conv1D,) if module is not None else ()
+
+
+def as_linear(layer: nn.Module) -> nn.Module:
+    """A transposed linear layer as nn.Linear with the same numbers; any other layer as it is.
+
+    >>> as_linear(nn.Linear(2, 3))
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    if not isinstance(layer, transposed()):
+        return layer
+    weight: Any = layer.weight
+    linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
+    linear.bias = layer.bias  # type: ignore[assignment]
+    return linear.train(layer.training)
 
 
 @dataclass

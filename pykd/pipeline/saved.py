@@ -22,7 +22,7 @@ from pykd.models.adapter import logits, num_classes, origin
 from pykd.models.example import example_batch
 from pykd.models.huggingface import TASKS, load_huggingface
 from pykd.pipeline.sources import build_data
-from pykd.pruning import prune
+from pykd.pruning import check_prune, looks_at_data, prune
 from pykd.quantization import METHODS, check_embeddings, check_method, quantize
 from pykd.recipe import RecipeLike, load_recipe
 
@@ -56,11 +56,31 @@ def evaluate_saved(
     return evaluate(model, data, name=folder.name, batch_size=batch_size, latency_rounds=latency_rounds, path=folder)
 
 
-def prune_saved(path: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
-    """Load, prune (options as for :func:`pykd.prune`), save to ``output``; returns what changed."""
+def prune_saved(
+    path: str | Path,
+    output: str | Path,
+    *,
+    recipe: RecipeLike | None = None,
+    overrides: Sequence[str] = (),
+    method: str = "magnitude",
+    sparsity: float | None = None,
+    samples: int = 256,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Load, prune (options as for :func:`pykd.prune`), save to ``output``; returns what changed.
+
+    What looks at data is given the training split of ``recipe``, by default of the recipe that made the model. Raises
+    RecipeError when there is no recipe to take the data from.
+    """
+    check_prune(method, sparsity, **options)
 
     def verb(model: nn.Module) -> None:
-        prune(model, example=example_of(model, Path(path)), **options)
+        looks = looks_at_data(method, options.get("importance"))
+        data = _data_of(Path(path), recipe, overrides) if looks else None
+        given = {"samples": samples, "include": include, "exclude": exclude, **options}
+        prune(model, method, sparsity, data=data, example=example_of(model, Path(path)), **given)
 
     return _rewrite(Path(path), Path(output), verb)
 

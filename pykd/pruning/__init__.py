@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from pykd.pruning.options import OPTIONS, check_prune, looks_at_data
 from pykd.pruning.outcome import Outcome, Request
 from pykd.pruning.prune import METHODS, prune
 
-__all__ = ["METHODS", "Outcome", "Request", "prune"]
+__all__ = ["METHODS", "OPTIONS", "Outcome", "Request", "check_prune", "looks_at_data", "prune"]

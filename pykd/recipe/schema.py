@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pykd.distillation.methods import resolve
 from pykd.distillation.quantized import SCHEMES as TEACHER_SCHEMES
 from pykd.errors import nearest
-from pykd.pruning import METHODS
+from pykd.pruning import check_prune
 from pykd.quantization import check_embeddings, check_method, check_qat
 from pykd.recipe.data_kinds import Data
 from pykd.recipe.guarded import Guarded
@@ -67,25 +67,47 @@ class Recover(Distill):
 
 
 class Prune(Section):
-    """Remove weights (magnitude) or whole channels, heads or neurons."""
+    """Remove single weights, or whole channels, heads, neurons or layers."""
 
     guard: Guarded | None = Field(None, description="undo what costs too much quality; {} for the defaults")
 
-    method: str = "magnitude"
-    sparsity: float = Field(0.5, ge=0, lt=1, description="share of weights, or of units per group, removed")
+    method: str = Field(
+        "magnitude",
+        description="of weights: magnitude, random, wanda, sparsegpt; of units: channels, heads, neurons, layers",
+    )
+    sparsity: float | None = Field(
+        None, ge=0, lt=1, description="share of weights, or of units per group, removed: 0.5 unless the pattern says it"
+    )
+    scope: str | None = Field(None, description="the weights over which the share is met: global, layer or row")
+    pattern: str | None = Field(None, description="N:M, as 2:4: N weights kept of M neighbours")
+    importance: str | None = Field(None, description="of units: l2, l1, taylor or activation")
+    samples: int = Field(256, ge=1, description="training examples that wanda, sparsegpt, taylor, activation look at")
+    batch_size: int = Field(16, ge=1, description="of them at once")
     include: list[str] | None = Field(None, description="name patterns of the layers to touch")
     exclude: list[str] | None = Field(None, description="name patterns of the layers to leave")
     rows: list[Annotated[int, Field(ge=1)]] | None = Field(
         None,
-        description="magnitude: rows of activations for which each layer measures whether sparse or dense is faster",
+        description="single weights: rows of activations for which each layer measures whether sparse or dense is "
+        "faster",
     )
 
     @field_validator("method")
     @classmethod
     def _known(cls, method: str) -> str:
-        if method not in METHODS:
-            raise ValueError(nearest("method", method, METHODS))
+        check_prune(method, None)
         return method
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _not_a_time(cls, pattern: object) -> object:
+        """YAML 1.1 reads 2:4 as a number to the base 60."""
+        return f"{pattern // 60}:{pattern % 60}" if isinstance(pattern, int) else pattern
+
+    @model_validator(mode="after")
+    def _fit(self) -> Prune:
+        options = {name: getattr(self, name) for name in ("scope", "pattern", "importance", "rows")}
+        check_prune(self.method, self.sparsity, **options)
+        return self
 
 
 class Quantize(Section):

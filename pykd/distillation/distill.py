@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from pykd.data.bundle import DataBundle
-from pykd.distillation.checks import common_classes
+from pykd.distillation.assemble import assemble
 from pykd.distillation.methods import METHODS, Methods, Weighted, resolve
 from pykd.distillation.offline import Offline, check_offline
-from pykd.distillation.quantized import quantized
 from pykd.distillation.sequence import teacher_writes
 from pykd.distillation.teacher import Teacher, first_batch
 from pykd.distillation.teacher_cache import TeacherCache
@@ -120,14 +119,19 @@ def distill(
         source, cached, names = Offline(teacher, data), True, [teacher.manifest["teacher"]["class"]]
         loss_fn, terms = _offline_loss(source, classes, temperature, alpha), None
     else:
-        teachers = list(teacher) if isinstance(teacher, Sequence) else [teacher]
-        shares = _shares(teacher_weights, len(teachers))
-        pair = {"student_tokenizer": student_tokenizer, "teacher_tokenizer": teacher_tokenizer}
-        classes = min(common_classes(student, each, **pair) for each in teachers)
+        terms = assemble(
+            student,
+            teacher,
+            methods,
+            teacher_weights=teacher_weights,
+            teacher_scheme=teacher_scheme,
+            temperature=temperature,
+            alpha=alpha,
+            student_tokenizer=student_tokenizer,
+            teacher_tokenizer=teacher_tokenizer,
+        )
+        classes, teachers, shares = terms.classes, terms.teachers, terms.shares
         names = [type(each).__name__ for each in teachers]
-        if teacher_scheme is not None:
-            teachers = [quantized(each, teacher_scheme) for each in teachers]
-        terms = Terms(methods, student, teachers, shares, temperature=temperature, alpha=alpha, classes=classes)
         source = Teacher(teachers, _written(methods, teachers[0], data, checkpoint_dir, progress))
         cached = terms.logits_only and source.remember(config, cache_bytes=cache_bytes, progress=progress)
         loss_fn = _loss(terms, source, classes)
@@ -173,16 +177,6 @@ def _offline_loss(source: Offline, classes: int, temperature: float, alpha: floa
         return source.loss(scores, kept, batch["labels"], temperature=temperature, alpha=alpha, shift=shift), {}
 
     return loss_fn
-
-
-def _shares(weights: Sequence[float] | None, teachers: int) -> list[float]:
-    """Weights of the teachers, scaled to add up to 1."""
-    if teachers == 0:
-        raise ValueError("distill needs a teacher, or several in a list, got an empty one")
-    found = [1.0] * teachers if weights is None else [float(weight) for weight in weights]
-    if len(found) != teachers or any(not 0 < weight < float("inf") for weight in found):
-        raise ValueError(f"teacher_weights must be {teachers} positive numbers, one for each teacher, got {weights}")
-    return [weight / sum(found) for weight in found]
 
 
 def _settings(methods: Sequence[Weighted], shares: Sequence[float], scheme: str | None) -> dict[str, Any]:

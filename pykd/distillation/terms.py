@@ -67,27 +67,40 @@ class Terms:
 
     @contextlib.contextmanager
     def ready(self, example: Batch, *, seed: int) -> Iterator[None]:
-        """Layers matched and projections made for batches like ``example``; attention computed eagerly while inside."""
-        with contextlib.ExitStack() as stack:
-            if "attention" in self.wanted:
-                stack.enter_context(eager_attention(self.student, *self.teachers))
-            if self.wanted:
-                with preserved_rng(), torch.no_grad():
-                    torch.manual_seed(seed)
-                    for number, teacher in enumerate(self.teachers):
-                        self._pair(number, teacher, example)
+        """Prepared for batches like ``example``, and what is compared is shown while inside."""
+        with self.shown():
+            self.prepare(example, seed=seed)
             yield
 
+    def shown(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes of the models: attention is computed eagerly where its maps are compared."""
+        return eager_attention(self.student, *self.teachers) if "attention" in self.wanted else contextlib.nullcontext()
+
+    def prepare(self, example: Batch, *, seed: int) -> None:
+        """Match layers and make projections for batches like ``example``, inside of :meth:`shown`."""
+        if self.wanted:
+            with preserved_rng(), torch.no_grad():
+                torch.manual_seed(seed)
+                for number, teacher in enumerate(self.teachers):
+                    self._pair(number, teacher, example)
+
+    def look(self, model: nn.Module, batch: Batch) -> View:
+        """The student's pass over a batch, with all that the terms compare."""
+        return observe(model, batch, self.wanted, self.pairings[0].stages[0])
+
     def __call__(
-        self, model: nn.Module, batch: Batch, teacher_logits: Tensor | None = None
+        self, model: nn.Module, batch: Batch, teacher_logits: Tensor | None = None, *, mine: View | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and every term by its name where there are several. teacher_logits: if known already."""
+        """The weighted sum, and every term by its name where there are several.
+
+        teacher_logits, mine (what :meth:`look` gave): if known already.
+        """
         device = batch["labels"].device
         for teacher in self.teachers:  # launched processes have the batch on a device of their own
             if teacher_logits is None and device_of(teacher) != device:
                 teacher.to(device)
         on_data = any(each.method.compares != "student's sequences" for each in self.methods)
-        mine = observe(model, batch, self.wanted, self.pairings[0].stages[0]) if on_data else None
+        mine = self.look(model, batch) if on_data and mine is None else mine
         if mine is not None:
             check_shapes(mine.logits, batch["labels"])
         its = [View(teacher_logits)] if teacher_logits is not None else self._teach(batch)

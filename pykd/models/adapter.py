@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from pykd.errors import DataError, ModelLoadError
 
+#: Classes that call the model in their attribute `module`; by name, so that no library is loaded to compare with.
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
 
 def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Class scores of a batch, `(rows, classes)` (or `(rows, positions, classes)`), whatever the model returns them in.
@@ -160,10 +163,10 @@ def without_values(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    """The model inside the wrappers of torch.compile, DistributedDataParallel, FSDP and DeepSpeed."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module) or (
-        isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        and isinstance(inner := model.module, nn.Module)
+        any(base.__name__ in WRAPPERS for base in type(model).__mro__)
+        and isinstance(inner := getattr(model, "module", None), nn.Module)
     ):
         model = inner
     return model

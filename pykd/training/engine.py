@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -81,9 +82,11 @@ class Launched(Engine):
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        self.accelerator = Accelerator()
+        # A loss by hidden states leaves the head without gradients, for which DDP would wait.
+        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         kind = self.accelerator.distributed_type
         if kind == "DEEPSPEED" or (kind == "FSDP" and not self.accelerator.is_fsdp2):
             raise ValueError(

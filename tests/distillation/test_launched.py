@@ -1,4 +1,4 @@
-"""Two processes that distil by layers, with projections, are one process with twice the batch."""
+"""Two processes that distil by layers, with projections, are one with twice the batch: the verb and the Trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .launched import losses
+from .launched import KINDS, losses
 
 SCRIPT = Path(__file__).with_name("launched.py")
 
@@ -29,8 +29,9 @@ def test_two_processes_have_the_curve_of_one(tmp_path: Path) -> None:
         for worker in workers:
             worker.kill()
             worker.wait()
-    want = losses(8)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"losses.{rank}").read_text())
-        assert len(found) == 8 and found == pytest.approx(want, rel=1e-4)
-    assert want[-1] < want[0]
+    both = [json.loads((tmp_path / f"losses.{rank}").read_text()) for rank in range(2)]
+    for kind in KINDS:
+        want = losses(kind, 8, tmp_path / kind)
+        for found in both:
+            assert len(found[kind]) == 8 and found[kind] == pytest.approx(want, rel=1e-4)
+        assert want[-1] < want[0]

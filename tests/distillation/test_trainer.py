@@ -10,6 +10,10 @@ import pytest
 import torch
 
 import pykd
+from pykd.data import DataBundle
+from pykd.data.bundle import stack
+from pykd.distillation import TeacherCache
+from pykd.errors import ArtifactError
 
 CONFIG = {"vocab_size": 30, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
           "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 16}  # fmt: skip
@@ -38,13 +42,13 @@ def train(folder: Path, *, resume: str | None = None, student: Any = None, **opt
 
     settings: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 6}
     settings |= {"save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
-    extra = {
-        name: options.pop(name) for name in ("temperature", "alpha", "callbacks", "eval_dataset") if name in options
-    }
+    names = ("temperature", "alpha", "callbacks", "eval_dataset", "method", "teacher", "teacher_weights",
+             "teacher_scheme", "optimizers", "compute_loss_func", "train_dataset")  # fmt: skip
+    extra = {"teacher": bert(24, 0), "train_dataset": rows()}
+    extra |= {name: options.pop(name) for name in names if name in options}
     trainer = pykd.DistillationTrainer(
-        student or bert(16, 1), TrainingArguments(str(folder), **settings | options), teacher=bert(24, 0),
-        train_dataset=rows(), **extra,
-    )  # fmt: skip
+        student or bert(16, 1), TrainingArguments(str(folder), **settings | options), **extra
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, trainer.model.state_dict()
 
@@ -64,8 +68,9 @@ def test_the_loss_is_kd_loss_and_the_teacher_stays_as_it_is(tmp_path: Path) -> N
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), want)
     loss, output = trainer.compute_loss(student, dict(batch), return_outputs=True)
     assert output.logits.shape == (6, 8, 3) and torch.isfinite(loss)
-    same(trainer.teacher.state_dict(), teacher.state_dict())
-    assert not trainer.teacher.training and all(p.grad is None for p in trainer.teacher.parameters())
+    its = trainer.terms.teachers[0]
+    same(its.state_dict(), teacher.state_dict())
+    assert not its.training and all(p.grad is None for p in its.parameters())
 
 
 def test_parts_of_a_batch_are_the_whole_batch(tmp_path: Path) -> None:
@@ -81,6 +86,89 @@ def test_a_saved_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "checkpoint-2" / "model.safetensors").exists()
     _, resumed = train(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"))
     same(resumed, whole, rtol=0, atol=0)
+
+
+LAYERS = {"logits": 1.0, "hidden": 0.5, "attention": 0.5, "relation": 0.1, "contrastive": 0.1}
+
+
+def test_losses_by_layers_are_those_of_distill(tmp_path: Path) -> None:
+    data = DataBundle(rows(), rows()[:4], stack, ["a", "b", "c"], "rows", fingerprint="rows")
+    teachers, shares = [bert(24, 0), bert(32, 5)], [2.0, 1.0]
+    student = bert(16, 1)
+    made = pykd.distill(copy.deepcopy(student), teachers, data, method=LAYERS, teacher_weights=shares, max_steps=1,
+                        batch_size=24, seed=3, progress=False)  # fmt: skip
+    trainer, _ = train(tmp_path, student=student, teacher=teachers, method=LAYERS, teacher_weights=shares, seed=3,
+                       per_device_train_batch_size=24, max_steps=2)  # fmt: skip
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(made.pykd_report[-1]["first_loss"], rel=1e-5) and losses[1] < losses[0]
+    assert student.config._attn_implementation != "eager"  # only while it is looked at
+
+
+def test_projections_are_trained_kept_and_left_out(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": LAYERS, "save_strategy": "steps", "save_steps": 2}
+    whole, weights = train(tmp_path / "a", **options)
+    first = train(tmp_path / "c", **options | {"max_steps": 2})[0].terms.modules
+    assert sorted(whole.terms.modules) == sorted(first) and len(first) == 3
+    for name, module in first.items():
+        assert not torch.equal(module.weight, whole.terms.modules[name].weight)
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    assert (checkpoint / "projections.safetensors").exists()
+    again, resumed = train(tmp_path / "b", resume=str(checkpoint), **options)
+    same(resumed, weights, rtol=0, atol=0)
+    for name, module in again.terms.modules.items():
+        assert torch.equal(module.weight, whole.terms.modules[name].weight)
+    whole.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "projections.safetensors").exists()
+    assert type(whole.model).from_pretrained(tmp_path / "saved").state_dict().keys() == weights.keys()
+    with pytest.raises(
+        ArtifactError, match=r"checkpoint-2 holds projections \{'1-0-0/weight': \(24, 16\).*has none: r"
+    ):
+        train(tmp_path / "d", resume=str(checkpoint))
+
+
+def test_projections_are_clipped_with_the_model(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, method={"hidden": 1e6}, max_steps=1, max_grad_norm=1.0)
+    parameters = [*trainer.model.parameters(), *trainer._projected]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    trainer._clip_grad_norm(trainer.model)
+    norm = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]).norm()
+    assert norm.item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_quantized_teacher(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, teacher=bert(32, 0), teacher_scheme="w8a8", max_steps=1)
+    assert any(type(module).__name__ == "Linear8bit" for module in trainer.terms.teachers[0].modules())
+
+
+def test_what_a_trainer_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sequence", "on_policy"):
+        with pytest.raises(
+            ValueError, match=f"method '{name}' trains on texts that a model writes, not on given batches: use pykd.dis"
+        ):
+            train(tmp_path, method=name)
+    with pytest.raises(ValueError, match=r"a cached teacher knows rows by their number, .*: use pykd\.distill"):
+        train(tmp_path, teacher=TeacherCache.__new__(TeacherCache))
+    with pytest.raises(ValueError, match="would replace the distillation's loss: pass a function as method= instead"):
+        train(tmp_path, compute_loss_func=lambda *_: None)
+    with pytest.raises(ValueError, match="would replace the distillation's loss"):
+        train(tmp_path, label_smoothing_factor=0.1)
+    trainer, _ = train(tmp_path, max_steps=1)
+    trainer.train_dataset, trainer._prepared = None, False
+    with pytest.raises(ValueError, match="hidden, attention, relation and contrastive need train_dataset"):
+        trainer.create_optimizer()
+    student = bert(16, 1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(ValueError, match=r"one more group of the optimizer, .*: pass optimizers=\(optimizer, None\)"):
+        train(tmp_path, student=student, method="hidden", optimizers=(optimizer, schedule))
+    trainer, _ = train(tmp_path, student=student, method="hidden", optimizers=(optimizer, None), max_steps=1)
+    assert [len(group["params"]) for group in optimizer.param_groups][1:] == [2]
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(
+        ValueError, match="learned projections lie outside the model that FSDP or DeepSpeed takes apart"
+    ):
+        trainer._prepare(trainer._example())
 
 
 def test_callbacks_and_evaluation_are_the_trainers(tmp_path: Path) -> None:

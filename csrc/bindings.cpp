@@ -207,11 +207,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "linear_8bit",
       [](uintptr_t x, int64_t x_stride, uintptr_t packed, uintptr_t bias, uintptr_t y, uintptr_t scratch, int64_t rows,
-         int64_t in_features, int64_t out_features, bool rounds, int activation, int dtype, int bias_dtype,
-         int threads) {
+         int64_t in_features, int64_t out_features, bool rounds, int activation, int dtype, int bias_dtype, int threads,
+         float input_scale, int input_zero) {
         pykd::table().linear_8bit({address<void>(x), x_stride, address<uint8_t>(packed), address<void>(bias),
                                    address<void>(y), address<float>(scratch), rows, in_features, out_features, rounds,
-                                   activation, dtype, bias_dtype, threads});
+                                   activation, dtype, bias_dtype, threads, input_scale, input_zero});
       },
       py::call_guard<py::gil_scoped_release>(),
       "y = x W^T + bias for a weight in layout int8_r16: see Linear8bitArgs.");

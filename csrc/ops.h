@@ -111,6 +111,8 @@ struct Linear8bitArgs {
   int activation;         // Activation, of the result
   int dtype, bias_dtype;  // DType
   int threads;
+  float input_scale;  // with `rounds`: the scale of every activation; 0: each row's own, largest magnitude / 127
+  int input_zero;     // with input_scale: x = input_scale * (code - input_zero); in -127..127
 };
 
 // y = x W^T + bias for 1 to 4 rows, W read as bitmask + values and expanded on the way: see csrc/cpu/sparse_linear.cpp.

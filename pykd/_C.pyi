@@ -138,7 +138,10 @@ def linear_8bit(
     in_features: int,
     out_features: int,
     rounds: bool,
+    activation: int,
     dtype: int,
     bias_dtype: int,
     threads: int,
+    input_scale: float,
+    input_zero: int,
 ) -> None: ...

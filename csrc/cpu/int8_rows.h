@@ -100,16 +100,18 @@ float int8_scale(const T* x, int64_t count) {
 constexpr int kChunk = 16;  // codes that are rounded at a time, a multiple of every kWidth
 
 // bytes = round(x[k ... k + kChunk) / scale), x being 0 from `count` on: what quantize_rows in pykd/ops/linear_8bit.py
-// does, to the bit, so that it divides and does not multiply by a reciprocal. Zeros under the scales 0 and NaN.
+// does, to the bit, so that it divides and does not multiply by a reciprocal. Zeros under the scales 0 and NaN. Codes
+// are moved by `zero`, also those beyond `count`, and cut off at -127 and 127.
 template <class T>
-PYKD_INLINE void round_chunk(const T* x, int64_t k, int64_t count, float scale, uint8_t* bytes) {
+PYKD_INLINE void round_chunk(const T* x, int64_t k, int64_t count, float scale, uint8_t* bytes, float zero = 0.0f) {
   const F32 divisor = set1(scale > 0.0f ? scale : 1.0f);
   for (int j = 0; j < kChunk; j += kWidth) {
     const int64_t left = k + j < count ? count - k - j : 0;
     F32 value = set1(0.0f);
     if (scale > 0.0f && left > 0)
       value = div(left >= kWidth ? load(x + k + j) : load_n(x + k + j, left, 0.0f), divisor);
-    store_int8(bytes + j, round_even(min(max(value, set1(-127.0f)), set1(127.0f))));
+    const F32 whole = round_even(min(max(value, set1(-127.0f - zero)), set1(127.0f - zero)));
+    store_int8(bytes + j, add(whole, set1(zero)));
   }
 }
 

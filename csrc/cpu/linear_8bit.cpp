@@ -4,8 +4,9 @@
 //          lines per 4 k: rows 0-15, rows 16-31, the four k of a row adjacent
 //
 // so that a thread reads its weights as one sequential stream. With `rounds`, activations become int8 with one scale
-// per row (w8a8) and products are summed as integers; without (w8a16) they are kept and weights become floats, in
-// registers for few rows, else in a slab that all panels of activations use.
+// per row (w8a8), or with the scale and zero point that are given (w8a8_static), and products are summed as integers;
+// without (w8a16) they are kept and weights become floats, in registers for few rows, else in a slab that all panels of
+// activations use.
 #include "cpu/linear_8bit_codes.h"
 #include "cpu/linear_rows.h"
 #include "cpu/parallel.h"
@@ -34,6 +35,9 @@ struct Shape {
 };
 
 F32 scales_at(const uint8_t* strip, int row) { return load(reinterpret_cast<const float*>(strip) + row); }
+I32 starts_at(const uint8_t* strip, int row) {
+  return load_i32(reinterpret_cast<const int32_t*>(strip + kStrip * 4) + row);
+}
 
 // --- w8a8: integer sums ---------------------------------------------------------------------------------------------
 
@@ -78,15 +82,18 @@ void code_panel(int rows, const uint8_t* line, const uint8_t* starts, int64_t qu
     code_tile<NV, MR>(line, starts, row, quads, panel, prefetch, sums);
 }
 
-// sums[rows][kStrip] * row_scales * the strip's scales + bias -> y
+// (sums[rows][kStrip] - input_zero * sums of the weights) * row_scales * the strip's scales + bias -> y. The sums of
+// the weights are the starting sums over -128; their product with a zero point need not fit in 32 bits, but is a
+// float32 that is exact up to 2^24.
 template <class T>
 void write_sums(const Linear8bitArgs& a, const int32_t* sums, const float* row_scales, const uint8_t* strip,
                 int64_t first, int64_t row, int rows) {
   alignas(64) float total[kCodeRows * kStrip];
   for (int at = 0; at < kStrip; at += kWidth) {
     const F32 scale = scales_at(strip, at);
+    const F32 shift = mul(to_f32(starts_at(strip, at)), set1(static_cast<float>(a.input_zero) / 128.0f));
     for (int m = 0; m < rows; ++m) {
-      const F32 sum = to_f32(load_i32(sums + m * kStrip + at));
+      const F32 sum = add(to_f32(load_i32(sums + m * kStrip + at)), shift);
       store(total + m * kStrip + at, mul(mul(sum, set1(row_scales[m])), scale));
     }
   }
@@ -103,7 +110,8 @@ void rounded_rows(const Linear8bitArgs& a, const Shape& s, int64_t first, int64_
     for (int64_t p = begin; p < end; ++p)
       for (int64_t m = panels.row(p); m < panels.row(p + 1); ++m)
         row_scales[m] = round_row(x + m * a.x_stride, a.in_features, s.padded_k, 4 * panels.size(p),
-                                  codes + panels.row(p) * s.padded_k + (m - panels.row(p)) * 4);
+                                  codes + panels.row(p) * s.padded_k + (m - panels.row(p)) * 4, a.input_scale,
+                                  static_cast<float>(a.input_zero));
   });
   for_strips(s.strips, s.padded_k, a.threads, panels, [&](int64_t item, int64_t begin, int64_t end) {
     alignas(64) int32_t sums[kLinear8bitRows * kStrip];

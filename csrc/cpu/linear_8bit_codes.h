@@ -90,14 +90,15 @@ PYKD_INLINE F32 decode(const Codes& w) {
 
 // --- rounding of activations ----------------------------------------------------------------------------------------
 
-// to[k / 4 * step + k % 4] = round(x[k] / scale) xor kCodeFlip of [0, padded), x being 0 from `count` on, where
-// scale = absmax / 127 is returned. A row with NaN or infinity has the scale NaN.
+// to[k / 4 * step + k % 4] = round(x[k] / scale) + zero, within -127..127, xor kCodeFlip of [0, padded), x being 0 from
+// `count` on. Returned is the scale: `given`, or for 0 absmax / 127. A row with NaN or infinity has the scale NaN.
 template <class T>
-float round_row(const T* x, int64_t count, int64_t padded, int64_t step, uint8_t* to) {
-  const float scale = int8_scale(x, count);
+float round_row(const T* x, int64_t count, int64_t padded, int64_t step, uint8_t* to, float given, float zero) {
+  const float own = int8_scale(x, count);
+  const float scale = given > 0.0f && own == own ? given : own;
   uint8_t bytes[kChunk];
   for (int64_t k = 0; k < padded; k += kChunk) {
-    round_chunk(x, k, count, scale, bytes);
+    round_chunk(x, k, count, scale, bytes, zero);
     for (int j = 0; j < kChunk && k + j < padded; j += 4) {
       const uint32_t word = static_cast<uint32_t>(load_four_bytes(bytes + j)) ^ kCodeFlip;
       std::memcpy(to + (k + j) / 4 * step, &word, 4);

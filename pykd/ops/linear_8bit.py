@@ -34,35 +34,47 @@ MOST_FEATURES: int = native.linear_8bit_features if native is not None else 0
 
 lib.define(  # type: ignore[no-untyped-call]
     "linear_8bit(Tensor x, Tensor qweight, Tensor? scales, Tensor? bias, str scheme, int out_features, "
-    "str? activation=None) -> Tensor"
+    "str? activation=None, float? input_scale=None, int input_zero=0) -> Tensor"
 )
 lib.define(  # type: ignore[no-untyped-call]
     "dequantize_8bit(Tensor qweight, Tensor? scales, int out_features, int in_features) -> Tensor"
 )
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dynamic quantization of activations [rows, in_features]: int8 in -127..127 and float32 scales [rows, 1].
+def quantize_rows(x: Tensor, input_scale: float | None = None, input_zero: int = 0) -> tuple[Tensor, Tensor]:
+    """Quantization of activations [rows, in_features]: int8 codes in -127..127 and float32 scales [rows, 1].
 
-    A row that holds NaN or infinity gets a NaN scale, so that its result is NaN and not a plausible number.
+    Dynamic, by each row's largest magnitude / 127; or, with `input_scale`, x = input_scale * (code - input_zero). A row
+    that holds NaN or infinity gets a NaN scale, so that its result is NaN and not a plausible number.
     """
     wide = x.float()
     largest = wide.abs().amax(1, keepdim=True)
-    scales = torch.where(torch.isfinite(largest), largest / 127, torch.nan)
+    finite = torch.isfinite(largest)
+    scales = largest / 127 if input_scale is None else torch.full_like(largest, input_scale)
     safe = torch.where(scales > 0, scales, 1.0)
-    return (wide / safe).nan_to_num().round().clamp(-127, 127).to(torch.int8), scales
+    codes = (wide / safe).nan_to_num().round().clamp(-127 - input_zero, 127 - input_zero) + input_zero
+    return codes.to(torch.int8), torch.where(finite, scales, torch.nan)
 
 
 def linear_8bit_reference(
-    x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, scheme: str, activation: str | None = None
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    scheme: str,
+    activation: str | None = None,
+    input_scale: float | None = None,
+    input_zero: int = 0,
 ) -> Tensor:
-    """activation((x_q W_q^T) * x_scale * scale + bias) over the rows of x, the integers multiplied as float32.
+    """activation(((x_q - zero) W_q^T) * x_scale * scale + bias) over the rows of x, the integers multiplied as float32.
 
     w8a16: activation(x (W_q * scale)^T + bias) in float32 (float64 for float64 x); the result in x's dtype.
     """
     if SCHEMES_8BIT[scheme]:
-        codes, row_scales = quantize_rows(x)
-        return _finish(F.linear(codes.float(), qweight.float()), row_scales, scales, bias, activation).to(x.dtype)
+        codes, row_scales = quantize_rows(x, input_scale, input_zero)
+        return _finish(F.linear(codes.float() - input_zero, qweight.float()), row_scales, scales, bias, activation).to(
+            x.dtype
+        )
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = dequantize_8bit(qweight, scales, *qweight.shape).to(wide)
     y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
@@ -78,11 +90,15 @@ def linear_8bit(
     scheme: str = "w8a8",
     out_features: int | None = None,
     activation: str | None = None,
+    input_scale: float | None = None,
+    input_zero: int = 0,
 ) -> Tensor:
     """y = activation(x W^T + bias) with W = q * scale, int8 q and a scale per output (W8A8, dynamic, per token; W8A16).
 
     w8a8: y = (sum_k x_q q) * x_scale * scale + bias, with x_scale = absmax / 127 of the row of x and x_q = x / x_scale,
     to the nearest integer, ties to even. The native kernel's sums are exact; the reference's to what float32 holds.
+    With an input_scale (static, the same for all) x_q = round(x / input_scale) + input_zero within -127..127, and
+    y = (sum_k (x_q - input_zero) q) * input_scale * scale + bias.
     w8a16: y = (sum_k x q) * scale + bias in float32; nothing is rounded to a smaller type on the way.
 
     Args:
@@ -94,10 +110,12 @@ def linear_8bit(
         scheme: "w8a8" or "w8a16".
         out_features: needed with the CPU layout only.
         activation: "gelu", "gelu_tanh", "silu", "relu" or None: applied before the result is rounded to x's dtype.
+        input_scale: w8a8 only: the scale of every activation, above 0 and exact in float32, instead of one per row.
+        input_zero: with input_scale: the code of 0, -127 to 127.
 
     Returns [..., out_features] in x's dtype; for w8a8, NaN for a row of x that holds NaN or infinity. Differentiable in
     x and bias: the gradient to x is the one of the dequantized weight (straight through the rounding of x). Raises
-    ValueError for an unknown scheme and for shapes or dtypes that do not fit.
+    ValueError for an unknown scheme, for shapes or dtypes that do not fit, and for a scale or zero point out of range.
 
     >>> from pykd.nn.codecs.eight_bit import quantize_8bit
     >>> linear_8bit(torch.ones(1, 2), *quantize_8bit(torch.eye(2)))
@@ -106,9 +124,24 @@ def linear_8bit(
     out = qweight.shape[0] if out_features is None else out_features
     _check(x, qweight, scales, bias, scheme, out)
     check_activation(activation)
+    if input_scale is not None or input_zero:
+        check_static(scheme, input_scale, input_zero)
     call = _cpu if skips_dispatcher(x, bias) else torch.ops.pykd.linear_8bit
-    result: Tensor = call(x, qweight, scales, bias, scheme, out, activation)
+    result: Tensor = call(x, qweight, scales, bias, scheme, out, activation, input_scale, input_zero)
     return result
+
+
+def check_static(scheme: str, input_scale: float | None, input_zero: int) -> None:
+    """Raise ValueError for a scale or zero point of activations that is out of range or without use."""
+    if not SCHEMES_8BIT[scheme] or input_scale is None:
+        raise ValueError(
+            f"input_scale, and input_zero beside it, go with scheme 'w8a8', got scheme {scheme!r}, input_scale "
+            f"{input_scale} and input_zero {input_zero}"
+        )
+    if not 0 < input_scale < float("inf") or not -127 <= input_zero <= 127:
+        raise ValueError(
+            f"input_scale is above 0 and finite, input_zero from -127 to 127, got {input_scale} and {input_zero}"
+        )
 
 
 def _check(x: Tensor, qweight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: str, out: int) -> None:
@@ -153,10 +186,14 @@ def _reference(
     scheme: str,
     out_features: int,
     activation: str | None = None,
+    input_scale: float | None = None,
+    input_zero: int = 0,
 ) -> Tensor:
     if scales is None:
         qweight, scales = unpack_r16(qweight, out_features=out_features, in_features=x.shape[-1])
-    y = linear_8bit_reference(x.reshape(-1, x.shape[-1]), qweight, scales, bias, scheme, activation)
+    y = linear_8bit_reference(
+        x.reshape(-1, x.shape[-1]), qweight, scales, bias, scheme, activation, input_scale, input_zero
+    )
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -169,9 +206,11 @@ def _cpu(
     scheme: str,
     out_features: int,
     activation: str | None = None,
+    input_scale: float | None = None,
+    input_zero: int = 0,
 ) -> Tensor:
     if native is None or scales is not None or x.dtype not in DTYPE_CODES:
-        return _reference(x, qweight, scales, bias, scheme, out_features, activation)
+        return _reference(x, qweight, scales, bias, scheme, out_features, activation, input_scale, input_zero)
     features = x.shape[-1]
     flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, features).contiguous()
     packed, rows, rounds = qweight.contiguous(), flat.shape[0], SCHEMES_8BIT[scheme]
@@ -195,6 +234,8 @@ def _cpu(
         DTYPE_CODES[x.dtype],
         0 if bias is None else DTYPE_CODES[bias.dtype],
         num_threads(),
+        input_scale or 0.0,
+        input_zero,
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
@@ -208,11 +249,16 @@ def _cuda(
     scheme: str,
     out_features: int,
     activation: str | None = None,
+    input_scale: float | None = None,
+    input_zero: int = 0,
 ) -> Tensor:
     if scales is None or not SCHEMES_8BIT[scheme]:
-        return _reference(x, qweight, scales, bias, scheme, out_features, activation)
-    codes, row_scales = quantize_rows(x.reshape(-1, x.shape[-1]))
-    y = _finish(_int_mm(codes, qweight), row_scales, scales, bias, activation).to(x.dtype)
+        return _reference(x, qweight, scales, bias, scheme, out_features, activation, input_scale, input_zero)
+    codes, row_scales = quantize_rows(x.reshape(-1, x.shape[-1]), input_scale, input_zero)
+    sums = _int_mm(codes, qweight).float()
+    if input_zero:
+        sums -= input_zero * qweight.sum(1, dtype=torch.int32)
+    y = _finish(sums, row_scales, scales, bias, activation).to(x.dtype)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -235,6 +281,8 @@ def _fake(
     scheme: str,
     out_features: int,
     activation: str | None = None,
+    input_scale: float | None = None,
+    input_zero: int = 0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -253,9 +301,10 @@ def _fake_dequantize(qweight: Tensor, scales: Tensor | None, out_features: int, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scales, bias, scheme, out_features, activation = inputs
+    x, qweight, scales, bias, scheme, out_features, activation, *static = inputs
     ctx.save_for_backward(qweight, scales, *(() if activation is None else (x, bias)))
     ctx.options, ctx.activation, ctx.in_features = (scheme, out_features), activation, x.shape[-1]
+    ctx.static = static
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -269,14 +318,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
     if ctx.activation is not None:
         x, bias = inputs
-        sums = torch.ops.pykd.linear_8bit(x.to(wide.dtype), qweight, scales, bias, *ctx.options)
+        sums = torch.ops.pykd.linear_8bit(x.to(wide.dtype), qweight, scales, bias, *ctx.options, None, *ctx.static)
         wide = activation_gradient(wide, sums, ctx.activation)
     if ctx.needs_input_grad[0]:
         weight = torch.ops.pykd.dequantize_8bit(qweight, scales, ctx.options[1], ctx.in_features)
         dx = torch.matmul(wide, weight.to(wide.dtype)).to(grad.dtype)
     if ctx.needs_input_grad[3]:
         db = wide.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return dx, None, None, db, None, None, None
+    return dx, None, None, db, None, None, None, None, None
 
 
 torch.library.register_autograd("pykd::linear_8bit", _backward, setup_context=_setup_context, lib=lib)

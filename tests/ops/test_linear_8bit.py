@@ -134,6 +134,31 @@ def test_activations_are_rounded_as_the_reference_does(isa: str) -> None:
         assert torch.equal(linear_8bit(x, packed, out_features=features), codes.float() * scale)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("input_zero", [0, -127, 63])
+def test_a_given_scale_and_zero_point(isa: str, shape: tuple[int, int, int], input_zero: int) -> None:
+    """The exact sums again, of the codes less the zero point; the reference rounds alike."""
+    rows, features, out = shape
+    tensors, packed = make(out, features)
+    static: dict[str, Any] = {"input_scale": float(torch.tensor(0.013)), "input_zero": input_zero}
+    for dtype in DTYPES:
+        x = torch.randn(rows, features).to(dtype)
+        codes, scale = quantize_rows(x, **static)
+        assert codes.abs().max() <= 127 and (scale == static["input_scale"]).all()
+        exact = (codes.long() - input_zero) @ tensors.qweight.long().t()
+        want = exact.double() * static["input_scale"] * tensors.scales.double()
+        moved = (input_zero * tensors.qweight.long().sum(1)).abs() * static["input_scale"] * tensors.scales.double()
+        for got in (
+            linear_8bit(x, packed, out_features=out, **static),
+            linear_8bit(x, *tensors, **static),
+        ):
+            allowed = 4e-7 * (want.abs() + 2 * moved) + torch.finfo(dtype).eps * want.abs() + 1e-7
+            assert got.dtype == dtype and ((got.double() - want).abs() <= allowed).all()
+    x = torch.randn(3, features)
+    x[1, 0] = torch.nan
+    assert linear_8bit(x, packed, out_features=out, **static).isnan().any(1).tolist() == [False, True, False]
+
+
 def test_bad_rows_stay_bad_and_rows_are_scaled_alone(isa: str) -> None:
     tensors, packed = make(37, 21)
     x = torch.stack([torch.randn(21), torch.randn(21) * 1e6, torch.zeros(21), *torch.randn(4, 21)])
@@ -262,6 +287,13 @@ def test_compiles_as_one_graph_and_exports(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"input_zero": 3},
+            "input_scale, and input_zero beside it, go with scheme 'w8a8', got .* input_scale None",
+        ),
+        ({"input_scale": 0.1, "scheme": "w8a16"}, "go with scheme 'w8a8', got scheme 'w8a16'"),
+        ({"input_scale": 0.0}, "input_scale is above 0 and finite, input_zero from -127 to 127, got 0.0 and 0"),
+        ({"input_scale": 0.1, "input_zero": 128}, "input_zero from -127 to 127, got 0.1 and 128"),
         ({"scheme": "w8a9"}, "unknown 8-bit scheme 'w8a9': did you mean 'w8a8'"),
         ({"x": torch.zeros(2, 24, dtype=torch.int32)}, "x must be floating point"),
         ({"x": torch.zeros(())}, "x must be floating point"),

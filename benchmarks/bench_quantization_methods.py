@@ -10,11 +10,12 @@ class probabilities from those of the model as it was, in nats; texts whose pred
 of all tensors as they would be stored; seconds to quantize. KL and flips of one rounding are one draw: of two variants
 whose output errors are apart by a few percent, either may have the lower KL.
 
-"embeddings" quantizes the embeddings alone, "+ embeddings" them too. The peers (bitsandbytes, HQQ, torchao) round the
-same linear layers; their weights are unpacked and run dense, so what is compared is the choice of the codes and not a
-kernel, and torchao's codes, which it keeps a byte each, count as 4 bits. HQQ stores 32 bits a group where ours stores
-16, or 20 with zero points: with groups twice as long it is at equal bits. A peer that is not installed or fails is
-listed as not measured. `--json FILE` also writes the numbers and the environment.
+"textbook gptq" is the algorithm as printed. "embeddings" quantizes the embeddings alone, "+ embeddings" them too. The
+peers (bitsandbytes, HQQ, torchao) round the same linear layers; their weights are unpacked and run dense, so what is
+compared is the choice of the codes and not a kernel, and torchao's codes, which it keeps a byte each, count as 4 bits;
+only its "int8 per token", which rounds activations too, runs as it is. HQQ stores 32 bits a group where ours stores 16,
+or 20 with zero points: with groups twice as long it is at equal bits. A peer that is not installed or fails is listed
+as not measured. `--json FILE` also writes the numbers and the environment.
 """
 
 from __future__ import annotations
@@ -36,16 +37,21 @@ from pykd.data import DataBundle, load_text
 from pykd.data.bundle import batches, permutation
 from pykd.data.tables import is_local, read_table
 from pykd.models.adapter import logits
+from pykd.nn.codecs.four_bit import FourBit, from_levels
 from pykd.nn.selection import select_layers
 from pykd.pipeline.saved import load_saved
 from pykd.quantization import METHODS, Inputs, quantize
 
 #: Scheme, whether symmetric, and the methods that go with it.
 SCHEMES: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
+    ("bf16", True, ("rtn",)),
     ("w8a8", True, ("rtn",)),
+    ("w8a8_static", True, ("rtn",)),
     ("w8a16", True, ("rtn",)),
     *((scheme, symmetric, tuple(METHODS)) for scheme, symmetric in (("w4a16", True), ("w4a16", False), ("nf4", True))),
     ("fp4", True, tuple(METHODS)),
+    ("w4a8", True, ("rtn", "gptq")),
+    ("w4a8", False, ("rtn", "gptq")),
 )
 
 #: Schemes of the embeddings: alone, and together with linear layers in w4a16.
@@ -96,6 +102,45 @@ def torchao() -> Peer:
     return round_weight
 
 
+#: A peer that rounds activations too, to int8 with a scale per token, and so runs by itself.
+TORCHAO_INT8 = "torchao int8 per token"
+
+
+def torchao_int8(model: nn.Module) -> int:
+    """torchao's dynamic int8 in the linear layers that `quantize` would take."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    chosen = select_layers(model, (nn.Linear,)).chosen
+    total = stored_bytes(model) - sum(layer.weight.nbytes for layer in chosen.values())  # type: ignore[union-attr]
+    total += sum(layer.weight.numel() + 4 * len(layer.weight) for layer in chosen.values())  # type: ignore[arg-type]
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda _, name: name in chosen)
+    return total
+
+
+@torch.no_grad()
+def textbook_gptq(weight: Tensor, inputs: Inputs, *, code: str, group_size: int) -> FourBit:
+    """Frantar et al. 2022 as printed: columns in order, 1 % damping, a group's range when its turn comes."""
+    work, hessian = weight.detach().double().clone(), inputs.hessian[0].double()
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    root = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    levels, scales, zeros = torch.empty_like(work), [], []
+    for column in range(work.shape[1]):
+        if column % group_size == 0:
+            group = work[:, column : column + group_size]
+            low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
+            scale = ((high - low) / 15 if code == "uint4" else group.abs().amax(1) / 7.5).half().double()
+            scale = scale.clamp(min=2**-24)
+            zero = (-low / scale).round().clamp(0, 15) if code == "uint4" else torch.full_like(low, 8.0)
+            scales.append(scale)
+            zeros.append(zero)
+        level = (work[:, column] / scale).round().clamp(-zero, 15 - zero)
+        levels[:, column] = level
+        error = (work[:, column] - level * scale) / root[column, column]
+        work[:, column + 1 :] -= error[:, None] * root[column, None, column + 1 :]
+    found = torch.stack(zeros, 1).float() if code == "uint4" else None
+    return from_levels(levels.float(), torch.stack(scales, 1).float(), found, code=code, group_size=group_size)
+
+
 PEERS: dict[str, Callable[[], Peer]] = {
     "bitsandbytes nf4": lambda: bitsandbytes("nf4"),
     "bitsandbytes fp4": lambda: bitsandbytes("fp4"),
@@ -117,6 +162,15 @@ def variants(settings: argparse.Namespace, data: DataBundle) -> Iterator[tuple[s
                 return stored_bytes(model)
 
             yield name, ours
+    for symmetric in (True, False):
+        name = f"textbook gptq{'' if symmetric else ' asymmetric'}"
+
+        def textbook(model: nn.Module, symmetric: bool = symmetric) -> int:
+            options: dict[str, Any] = {"group_size": settings.group_size, "samples": settings.samples, "data": data}
+            quantize(model, "w4a16", method=textbook_gptq, symmetric=symmetric, seed=settings.seed, **options)
+            return stored_bytes(model)
+
+        yield name, textbook
     for scheme in EMBEDDINGS:
         for method in (None, "rtn", "gptq"):
             name = f"pykd embeddings {scheme}" if method is None else f"pykd w4a16 {method} + embeddings {scheme}"
@@ -128,6 +182,7 @@ def variants(settings: argparse.Namespace, data: DataBundle) -> Iterator[tuple[s
                 return stored_bytes(model)
 
             yield name, with_embeddings
+    yield TORCHAO_INT8, torchao_int8
     for name, load in PEERS.items():
         yield name, lambda model, load=load: apply_peer(model, load(), settings.group_size)  # type: ignore[misc]
 
@@ -234,7 +289,7 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         try:
             size_bytes = apply(changed)
         except Exception as error:
-            if name not in PEERS:
+            if name not in (*PEERS, TORCHAO_INT8):
                 raise
             absent[name] = f"{type(error).__name__}: {error}"
             continue

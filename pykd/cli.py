@@ -135,12 +135,13 @@ def prune(
 def quantize(
     model: ModelDir,
     output: OutputDir,
-    scheme: Annotated[str, typer.Option(help="w4a16, w4a8, nf4, fp4, w8a8 or w8a16")] = "w4a16",
+    scheme: Annotated[str, typer.Option(help="w4a16, w4a8, nf4, fp4, w8a8, w8a8_static, w8a16, bf16, fp16")] = "w4a16",
     method: Annotated[str, typer.Option(help="rtn or hqq; gptq or awq, which look at data")] = "rtn",
     group_size: Annotated[int, typer.Option(help="weights that share a scale: 32, 64 or 128")] = 64,
     symmetric: Annotated[bool, typer.Option(help="w4a16 and w4a8 without zero points")] = True,
+    observer: Annotated[str, typer.Option(help="range for w8a8_static: mse, percentile or minmax")] = "mse",
     samples: Annotated[int, typer.Option(min=1, help="training examples to look at")] = 256,
-    embeddings: Annotated[str | None, typer.Option(help="also the embeddings: w8a16, w4a16, nf4 or fp4")] = None,
+    embeddings: Annotated[str | None, typer.Option(help="also the embeddings: w8a16, w4a16, nf4, fp4, bf16")] = None,
     recipe: Recipe = None,
     settings: Set = None,
     include: Include = None,
@@ -152,6 +153,7 @@ def quantize(
     options: dict[str, Any] = {"scheme": scheme, "group_size": group_size, "symmetric": symmetric, "samples": samples}
     options |= {
         "embeddings": embeddings,
+        "observer": observer,
         "include": include,
         "exclude": exclude,
         "recipe": recipe,

@@ -11,6 +11,16 @@ from torch import Tensor, nn
 
 #: Bytes that the unfolded inputs of a convolution may take at once.
 UNFOLD_BYTES = 64 << 20
+#: Values of each call's input that a sample keeps.
+SAMPLED = 16384
+
+
+class Sample(NamedTuple):
+    """Single activations of a layer: `values` float32 [n], some of every call; `low`, `high`: the extremes of all."""
+
+    values: Tensor
+    low: float
+    high: float
 
 
 class Inputs(NamedTuple):
@@ -19,10 +29,12 @@ class Inputs(NamedTuple):
     hessian: float32 [blocks, in_features, in_features], 2 / rows * sum of x x^T: the second derivative of an output's
     mean squared error by the weights that make it (Frantar et al. 2022, GPTQ). blocks: 1, or the groups of a
     convolution: the outputs fall into that many equal runs, each with inputs of its own. rows: how many were seen.
+    sample: single activations, where they were asked for.
     """
 
     hessian: Tensor
     rows: int
+    sample: Sample | None = None
 
 
 class Accumulator:
@@ -32,27 +44,51 @@ class Accumulator:
     >>> accumulator.add(torch.tensor([[1.0, -2.0]]))
     >>> accumulator.finish()
     Inputs(hessian=tensor([[[ 2., -4.],
-             [-4.,  8.]]]), rows=1)
+             [-4.,  8.]]]), rows=1, sample=None)
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, *, hessian: bool = True, sample: bool = False) -> None:
+        """hessian, sample: which of the two to collect; without `hessian` it is empty, and rows are 0."""
         self.layer, self.rows = layer, 0
         weight: Any = layer.weight
         blocks = layer.groups if isinstance(layer, nn.Conv2d) else 1
         columns = weight[0].numel()
-        self.products = torch.zeros(blocks, columns, columns, device=weight.device)
+        self.products = torch.zeros(blocks, columns, columns, device=weight.device) if hessian else None
+        self.values: list[Tensor] | None = [] if sample else None
+        self.extremes: list[Tensor] = []
 
     @torch.no_grad()
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """One call's input; mask [batch, positions] leaves out the padding where the input has these dimensions."""
-        pieces = iter([_rows(x, mask)]) if not isinstance(self.layer, nn.Conv2d) else _unfolded(self.layer, x)
+        conv = isinstance(self.layer, nn.Conv2d)
+        if self.values is not None:
+            self._add_sample((x if conv else _rows(x, mask)).float().flatten())
+        if self.products is None:
+            return
+        pieces = _unfolded(self.layer, x) if isinstance(self.layer, nn.Conv2d) else iter([_rows(x, mask)])
         for piece in pieces:  # [blocks, rows, columns]
             self.products.baddbmm_(piece.transpose(1, 2), piece)
             self.rows += piece.shape[1]
 
     def finish(self) -> Inputs:
         """The mean; the sum is given up."""
-        return Inputs(self.products.mul_(2 / max(self.rows, 1)), self.rows)
+        sample = None
+        if self.values is not None:
+            low, high = torch.stack(self.extremes).aminmax() if self.extremes else (torch.zeros(()), torch.zeros(()))
+            sample = Sample(torch.cat([*self.values, torch.zeros(1)]), float(low), float(high))
+        if self.products is None:
+            return Inputs(torch.zeros(0, 0, 0), 0, sample)
+        return Inputs(self.products.mul_(2 / max(self.rows, 1)), self.rows, sample)
+
+    def _add_sample(self, flat: Tensor) -> None:
+        """Values at multiples of the golden ratio, which fall evenly and on no single column."""
+        assert self.values is not None
+        if flat.numel():
+            self.extremes += torch.aminmax(flat)
+            if len(flat) > SAMPLED:
+                places = (torch.arange(SAMPLED, dtype=torch.float64) * 0.6180339887498949 % 1 * len(flat)).long()
+                flat = flat[places.to(flat.device)]
+            self.values.append(flat.cpu())
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -72,11 +73,15 @@ def calibrate(
     names: Sequence[str],
     batches: Sequence[Batch],
     visit: Callable[[str, Inputs], None],
+    *,
+    hessian: bool = True,
+    sample: bool = False,
 ) -> list[str]:
     """Call ``visit(name, inputs)`` for every named layer in order of execution; returns the names never reached.
 
     `visit` may replace the layer in the model. The model runs in evaluation mode. Positions that a batch's
-    ``attention_mask`` calls padding are left out of the statistics of layers that see positions. Raises ValueError when
+    ``attention_mask`` calls padding are left out of the statistics of layers that see positions. `hessian` and `sample`
+    say what is collected. Raises ValueError when
     a layer is given NaN or infinity.
     """
     from tqdm import tqdm
@@ -87,7 +92,7 @@ def calibrate(
         runs = _survey(model, names, batches)
         with tqdm(total=len(runs.calls), desc="calibrate", unit="layer", disable=None) as bar:
             for party in _parties(runs):
-                inputs = _measure(model, party[0], batches, runs.calls[party[0]])
+                inputs = _measure(model, party[0], batches, runs.calls[party[0]], hessian=hessian, sample=sample)
                 for name in party:
                     visit(name, inputs)
                 del inputs
@@ -147,15 +152,18 @@ def _parties(runs: _Runs) -> Iterator[list[str]]:
         yield party
 
 
-def _measure(model: nn.Module, name: str, batches: Sequence[Batch], calls: Sequence[int]) -> Inputs:
+def _measure(model: nn.Module, name: str, batches: Sequence[Batch], calls: Sequence[int], **collected: bool) -> Inputs:
     """Run every batch as far as the layer's last call in it."""
     layer = model.get_submodule(name)
-    accumulator = Accumulator(layer.to_dense() if isinstance(layer, CompressedModule) else as_linear(layer))
+    accumulator = Accumulator(
+        layer.to_dense() if isinstance(layer, CompressedModule) else as_linear(layer), **collected
+    )
     for batch, count in zip(batches, calls, strict=True):
         if count:
             _feed(model, layer, move(batch, _device(model)), count, accumulator)
     inputs = accumulator.finish()
-    if not bool(inputs.hessian.isfinite().all()):
+    ends = () if inputs.sample is None else (inputs.sample.low, inputs.sample.high)
+    if not bool(inputs.hessian.isfinite().all()) or not all(map(math.isfinite, ends)):
         raise ValueError(
             f"calibration gives layer {name!r} NaN or infinite inputs: look at the data, or run the model in float32"
         )

@@ -1,4 +1,4 @@
-"""Convolutions with 4-bit and 8-bit weights: stored packed; 1x1 ones compute packed, others unpack at load."""
+"""Convolutions with 4-, 8- and 16-bit weights: stored packed; 1x1 ones compute packed, others unpack at load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.nn.compressed import CompressedModule
 from pykd.nn.conv_fields import FIELDS, is_pointwise
 from pykd.nn.linear_4bit import Weight4bit
-from pykd.nn.linear_8bit import Weight8bit
+from pykd.nn.linear_8bit import StaticInput, Weight8bit, static_of
+from pykd.nn.linear_16bit import Weight16bit
 
 
 class CompressedConv2d(CompressedModule):
@@ -183,9 +184,44 @@ class Conv2d4bit(CompressedConv2d, Weight4bit):
 
 
 class Conv2d8bit(CompressedConv2d, Weight8bit):
-    """`nn.Conv2d` with an int8 weight; with "w8a8" a 1x1 one rounds the channels of every pixel to int8.
+    """`nn.Conv2d` with an int8 weight; with "w8a8" a 1x1 one rounds the channels of every pixel to int8, with
+    "w8a8_static" every activation under one scale and zero point; others keep their activations ("w8a16").
 
     >>> Conv2d8bit.from_conv2d(nn.Conv2d(8, 16, 3))(torch.zeros(1, 8, 5, 5)).shape
+    torch.Size([1, 16, 3, 3])
+    """
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        """From a description: every field of `spec()` but the type; `from_conv2d` is the usual way."""
+        super().__init__(fields["out_channels"], _columns(fields), fields["scheme"], static=static_of(fields))
+        self._describe(fields)
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, *, scheme: str = "w8a8", static: StaticInput | None = None) -> Self:
+        """Quantize a convolution by rounding each output channel to its largest magnitude / 127.
+
+        static: how the activations of a 1x1 convolution with "w8a8_static" are rounded.
+        """
+        rounding = {} if static is None else {"input_scale": static.scale, "input_zero": static.zero}
+        layer = cls({**{name: getattr(conv, name) for name in FIELDS}, "scheme": scheme, **rounding})
+        layer._quantize(conv.weight.detach().flatten(1))
+        layer.bias = cast("nn.Parameter | None", conv.bias)
+        layer.train(conv.training)
+        layer.finalize()
+        return layer
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
+        layer = cls(spec)
+        layer._register_empty(spec, device)
+        layer._empty_bias(spec, device)
+        return layer
+
+
+class Conv2d16bit(CompressedConv2d, Weight16bit):
+    """`nn.Conv2d` with a weight stored in bfloat16 or float16, which computes from a dense one in the layer's dtype.
+
+    >>> Conv2d16bit.from_conv2d(nn.Conv2d(8, 16, 3), scheme="bf16")(torch.zeros(1, 8, 5, 5)).shape
     torch.Size([1, 16, 3, 3])
     """
 
@@ -194,9 +230,14 @@ class Conv2d8bit(CompressedConv2d, Weight8bit):
         super().__init__(fields["out_channels"], _columns(fields), fields["scheme"])
         self._describe(fields)
 
+    @property
+    def pointwise(self) -> bool:
+        """No: torch's own convolution multiplies dense weights best, 1x1 ones too."""
+        return False
+
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, *, scheme: str = "w8a8") -> Self:
-        """Quantize a convolution by rounding each output channel to its largest magnitude / 127."""
+    def from_conv2d(cls, conv: nn.Conv2d, *, scheme: str = "bf16") -> Self:
+        """Round the weight to 16 bits; the bias is shared. Raises ValueError for values beyond float16."""
         layer = cls({**{name: getattr(conv, name) for name in FIELDS}, "scheme": scheme})
         layer._quantize(conv.weight.detach().flatten(1))
         layer.bias = cast("nn.Parameter | None", conv.bias)

@@ -1,4 +1,4 @@
-"""Embeddings with 4-bit and 8-bit rows: stored and kept packed; a lookup unpacks the rows that it is asked for."""
+"""Embeddings with 4-, 8- and 16-bit rows: stored and kept so; a lookup unpacks the rows that it is asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -13,6 +14,7 @@ from pykd.nn.codecs.four_bit import quantize_4bit
 from pykd.nn.compressed import CompressedModule
 from pykd.nn.linear_4bit import Weight4bit
 from pykd.nn.linear_8bit import Weight8bit
+from pykd.nn.linear_16bit import Weight16bit
 from pykd.ops.embedding_4bit import embedding_4bit
 from pykd.ops.embedding_8bit import embedding_8bit
 
@@ -181,3 +183,40 @@ class Embedding8bit(CompressedEmbedding, Weight8bit):
         else:
             found = embedding_8bit(ids, *self._tensors(), embedding_dim=self.columns)
         return found.to(self.dtype)
+
+
+class Embedding16bit(CompressedEmbedding, Weight16bit):
+    """`nn.Embedding` with rows in bfloat16 or float16, frozen: a lookup gives exactly the rows of `dequantize()`.
+
+    >>> Embedding16bit.from_embedding(nn.Embedding(100, 64), scheme="bf16")(torch.tensor([3])).shape
+    torch.Size([1, 64])
+    """
+
+    multiplies = False
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scheme: str = "bf16", padding_idx: int | None = None):
+        super().__init__(num_embeddings, embedding_dim, scheme)
+        self.padding_idx = padding_idx
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, *, scheme: str = "bf16") -> Self:
+        """Round the rows to 16 bits. `embedding` stays as it is.
+
+        Raises ValueError for an embedding with max_norm, and for values beyond float16.
+        """
+        check_embedding(embedding)
+        layer = cls(embedding.num_embeddings, embedding.embedding_dim, scheme, embedding.padding_idx)
+        layer._quantize(embedding.weight.detach())
+        layer.train(embedding.training)
+        layer.finalize()
+        return layer
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
+        layer = cls(spec["num_embeddings"], spec["embedding_dim"], spec["scheme"], spec["padding_idx"])
+        layer._register_empty(spec, device)
+        return layer
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self._buffers.get("dense")
+        return F.embedding(ids, self._values() if rows is None else rows).to(self.dtype)

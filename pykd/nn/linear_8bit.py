@@ -1,8 +1,8 @@
-"""Linear layers with int8 weights, activations rounded in each call or kept; what convolutions share with them."""
+"""Linear layers with int8 weights, activations rounded or kept; what convolutions and embeddings share with them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,22 @@ from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import native
 from pykd.ops.int4_r16 import groups_of
 from pykd.ops.int8_r16 import pack_r16, unpack_r16
-from pykd.ops.linear_8bit import MOST_FEATURES, SCHEMES_8BIT, linear_8bit
+from pykd.ops.linear_8bit import MOST_FEATURES, SCHEMES_8BIT, check_static, linear_8bit
+
+#: Activations are rounded under one scale and zero point, which calibration has chosen.
+STATIC = "w8a8_static"
+#: Scheme of a layer -> that of `linear_8bit`.
+LAYER_SCHEMES: dict[str, str] = {**{name: name for name in SCHEMES_8BIT}, STATIC: "w8a8"}
+
+
+class StaticInput(NamedTuple):
+    """How "w8a8_static" rounds every activation of a layer: x = scale * (code - zero), codes in -127..127.
+
+    scale: above 0, exact in float32; zero: the code of 0.
+    """
+
+    scale: float
+    zero: int
 
 
 class Weight8bit(CompressedModule):
@@ -27,7 +42,8 @@ class Weight8bit(CompressedModule):
     With a `group_size` so many columns of a row share a scale ("w8a16" only, scales [rows, groups]); no kernel knows
     such weights: they stay as in files and are unpacked to a dense weight in each call.
 
-    scheme: "w8a8" (activations are rounded to int8, with a scale per row of them) or "w8a16" (they are kept).
+    scheme: "w8a8" (activations are rounded to int8, with a scale per row of them), "w8a8_static" (with the scale and
+    zero point `static`, always the same) or "w8a16" (they are kept).
 
     Files hold `qweight` int8 [rows, columns] and `scales` [rows]; or, where enough codes are zero that it is smaller,
     `bitmask` uint8 [rows, ceil(columns / 8)] and `qvalues` int8 [nnz] instead of `qweight`.
@@ -42,13 +58,20 @@ class Weight8bit(CompressedModule):
     #: Whether the weight is multiplied with: else its codes stay a row each, as a lookup wants them.
     multiplies = True
 
-    def __init__(self, rows: int, columns: int, scheme: str, group_size: int | None = None) -> None:
-        if scheme not in SCHEMES_8BIT:
-            raise ValueError(nearest("8-bit scheme", scheme, SCHEMES_8BIT))
+    def __init__(
+        self, rows: int, columns: int, scheme: str, group_size: int | None = None, static: StaticInput | None = None
+    ) -> None:
+        if scheme not in LAYER_SCHEMES:
+            raise ValueError(nearest("8-bit scheme", scheme, LAYER_SCHEMES))
+        if (static is None) == (scheme == STATIC):
+            raise ValueError(f"a scale of the activations goes with scheme {STATIC!r} and only it, got {scheme!r}")
+        if static is not None:
+            check_static("w8a8", *static)
         if group_size is not None and scheme != "w8a16":
             raise ValueError(f"a scale per group goes with scheme 'w8a16' only, got {scheme!r} with {group_size}")
         super().__init__(torch.float32)
         self.rows, self.columns, self.scheme, self.group_size = rows, columns, scheme, group_size
+        self.static = static
         self.nnz: int | None = None
 
     def _quantize(self, weight: Tensor) -> None:
@@ -71,7 +94,9 @@ class Weight8bit(CompressedModule):
         self._register({"bitmask": bitmask, "qvalues": qvalues, "scales": scales})
 
     def _spec(self) -> dict[str, Any]:
-        groups = {} if self.group_size is None else {"group_size": self.group_size}
+        groups: dict[str, Any] = {} if self.group_size is None else {"group_size": self.group_size}
+        if self.static is not None:
+            groups |= {"input_scale": self.static.scale, "input_zero": self.static.zero}
         return {"scheme": self.scheme, **groups, "nnz": self.nnz, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def _matrix(self) -> Tensor:
@@ -85,6 +110,8 @@ class Weight8bit(CompressedModule):
             y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
             return activate(y, self.activation).to(x.dtype)
         options: dict[str, Any] = {"bias": bias, "scheme": self.scheme, "activation": self.activation}
+        if self.static is not None:
+            options |= {"scheme": "w8a8", "input_scale": self.static.scale, "input_zero": self.static.zero}
         packed = self._buffers.get("packed")
         if packed is not None:
             return linear_8bit(x, packed, out_features=self.rows, **options)
@@ -132,8 +159,13 @@ class Weight8bit(CompressedModule):
         return self._stored(self._tensors()) if self._has_layout() else {}
 
 
+def static_of(spec: dict[str, Any]) -> StaticInput | None:
+    """The rounding of the activations that a description names."""
+    return StaticInput(spec["input_scale"], spec["input_zero"]) if spec["scheme"] == STATIC else None
+
+
 class Linear8bit(Weight8bit):
-    """`nn.Linear` with an int8 weight: see `pykd.linear_8bit` for the arithmetic of the two schemes.
+    """`nn.Linear` with an int8 weight: see `pykd.linear_8bit` for the arithmetic of the schemes.
 
     The weight is frozen; gradients flow to the input (straight through its rounding) and the bias.
 
@@ -149,9 +181,10 @@ class Linear8bit(Weight8bit):
         group_size: int | None = None,
         *,
         activation: str | None = None,
+        static: StaticInput | None = None,
     ) -> None:
         check_activation(activation)
-        super().__init__(out_features, in_features, scheme, group_size)
+        super().__init__(out_features, in_features, scheme, group_size, static)
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.register_parameter("bias", None)
 
@@ -163,19 +196,23 @@ class Linear8bit(Weight8bit):
         scheme: str = "w8a8",
         group_size: int | None = None,
         activation: str | None = None,
+        static: StaticInput | None = None,
     ) -> Self:
         """Quantize a linear layer by rounding each row to its largest magnitude / 127; the bias is shared.
 
         Args:
-            scheme: "w8a8" rounds activations to int8 in each call (dynamic, per row), "w8a16" keeps them.
+            scheme: "w8a8" rounds activations to int8 in each call (dynamic, per row), "w8a8_static" as `static` says,
+                "w8a16" keeps them.
             group_size: "w8a16" only: so many inputs share a scale. Closer to the dense layer and as small, but not
                 faster: see `Weight8bit`. For a whole model ``quantize(model, lambda layer, group_size:
                 Linear8bit.from_linear(layer, scheme="w8a16", group_size=group_size))``.
             activation: "gelu", "gelu_tanh", "silu" or "relu", to apply to the result in the same call; None is none.
+            static: "w8a8_static" only: scale and zero point of the activations.
 
-        Raises ValueError for a group size with "w8a8", or below 1.
+        Raises ValueError for a group size with "w8a8" or below 1, and for `static` without its scheme or the reverse.
         """
-        layer = cls(linear.in_features, linear.out_features, scheme, group_size, activation=activation)
+        sizes = linear.in_features, linear.out_features
+        layer = cls(*sizes, scheme, group_size, activation=activation, static=static)
         layer._quantize(linear.weight)
         layer.bias = linear.bias
         layer.train(linear.training)
@@ -190,7 +227,8 @@ class Linear8bit(Weight8bit):
     @classmethod
     def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
         sizes = spec["in_features"], spec["out_features"]
-        layer = cls(*sizes, spec["scheme"], spec.get("group_size"), activation=spec.get("activation"))
+        options: dict[str, Any] = {"activation": spec.get("activation"), "static": static_of(spec)}
+        layer = cls(*sizes, spec["scheme"], spec.get("group_size"), **options)
         layer._register_empty(spec, device)
         if spec["bias"]:
             layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))

@@ -21,6 +21,7 @@ from pykd.io.save import CONFIG, WEIGHTS, save_pretrained
 from pykd.models.adapter import logits, num_classes, origin
 from pykd.models.example import example_batch
 from pykd.models.huggingface import TASKS, load_huggingface
+from pykd.nn.linear_8bit import STATIC
 from pykd.pipeline.sources import build_data
 from pykd.pruning import check_prune, looks_at_data, prune
 from pykd.quantization import METHODS, check_embeddings, check_method, quantize
@@ -96,12 +97,12 @@ def quantize_saved(
 ) -> dict[str, Any]:
     """Load, quantize (options as for :func:`pykd.quantize`), save to ``output``; returns what changed.
 
-    A method that looks at data is given the training split of ``recipe``, by default of the recipe that made the model.
-    Raises RecipeError when there is no recipe to take the data from.
+    A method or scheme that looks at data is given the training split of ``recipe``, by default of the recipe that made
+    the model. Raises RecipeError when there is no recipe to take the data from.
     """
     check_method(options.get("scheme", "w4a16"), method, symmetric=options.get("symmetric", True))
     check_embeddings(options.get("embeddings"))
-    calibrated = METHODS[method].calibrated
+    calibrated = METHODS[method].calibrated or options.get("scheme") == STATIC
 
     def verb(model: nn.Module) -> None:
         data = _data_of(Path(path), recipe, overrides) if calibrated else None

@@ -160,6 +160,7 @@ def _quantized(settings: Quantize, model: nn.Module, context: Context, exclude: 
         method=settings.method,
         group_size=settings.group_size,
         symmetric=settings.symmetric,
+        observer=settings.observer,
         data=context.data,
         samples=settings.samples,
         batch_size=settings.batch_size,

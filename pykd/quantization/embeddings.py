@@ -9,14 +9,19 @@ import torch
 from torch import nn
 
 from pykd.errors import nearest
-from pykd.nn import Embedding4bit, Embedding8bit, TiedEmbedding, TiedLinear
+from pykd.nn import Embedding4bit, Embedding8bit, Embedding16bit, TiedEmbedding, TiedLinear
+from pykd.nn.codecs.sixteen_bit import SCHEMES_16BIT
 from pykd.nn.linear_4bit import ROUNDING_4BIT, SCHEMES_4BIT, code_of, is_4bit
 from pykd.nn.selection import replace_layer, sharing
 from pykd.nn.tied import Tied
 from pykd.ops.int4_r16 import CODEBOOK
 
 #: Schemes of embeddings: there is no activation to round.
-EMBEDDING_SCHEMES: tuple[str, ...] = (*(name for name in SCHEMES_4BIT if name not in ROUNDING_4BIT), "w8a16")
+EMBEDDING_SCHEMES: tuple[str, ...] = (
+    *(name for name in SCHEMES_4BIT if name not in ROUNDING_4BIT),
+    "w8a16",
+    *SCHEMES_16BIT,
+)
 
 
 def check_embeddings(scheme: object) -> None:
@@ -33,8 +38,10 @@ def check_embeddings(scheme: object) -> None:
 
 def packed_embedding(
     layer: nn.Embedding, scheme: str, *, group_size: int | None, symmetric: bool
-) -> Embedding4bit | Embedding8bit:
+) -> Embedding4bit | Embedding8bit | Embedding16bit:
     """The packed form of an embedding, by plain rounding."""
+    if scheme in SCHEMES_16BIT:
+        return Embedding16bit.from_embedding(layer, scheme=scheme)
     if not is_4bit(scheme):
         return Embedding8bit.from_embedding(layer)
     return Embedding4bit.from_embedding(layer, scheme=scheme, group_size=group_size, symmetric=symmetric)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pykd.errors import nearest
@@ -48,8 +48,13 @@ def check_group_size(group_size: object) -> None:
 def check_method(scheme: object, method: object, *, symmetric: bool = True) -> None:
     """Raise ValueError for an unknown scheme or method, or ones that do not go together.
 
+    Of several schemes, {pattern: scheme}, one at least must go with the method and with symmetric=False.
+
     >>> check_method("w4a16", "gptq")
     """
+    if isinstance(scheme, Mapping):
+        _check_mapping(scheme, method, symmetric=symmetric)
+        return
     if not callable(scheme) and scheme not in SCHEMES and not is_4bit(scheme):
         raise ValueError(nearest("scheme", scheme, (*SCHEMES, CODEBOOK)))
     if not callable(method) and method not in METHODS:
@@ -64,3 +69,16 @@ def check_method(scheme: object, method: object, *, symmetric: bool = True) -> N
         )
     if not symmetric and SCHEMES_4BIT.get(shown) != "int4":
         raise ValueError(f"symmetric=False stores zero points of schemes 'w4a16' and 'w4a8', got scheme {shown!r}")
+
+
+def _check_mapping(schemes: Mapping[object, object], method: object, *, symmetric: bool) -> None:
+    if not schemes:
+        raise ValueError("scheme names no layer: write {pattern of layer names: scheme}")
+    for pattern, scheme in schemes.items():
+        if not isinstance(pattern, str) or not isinstance(scheme, str):
+            raise ValueError(f"several schemes are {{pattern of layer names: scheme}}, got {{{pattern!r}: {scheme!r}}}")
+        check_method(scheme, "rtn")
+    fitting = next((s for s in schemes.values() if is_4bit(s)), next(iter(schemes.values())))
+    if not symmetric:
+        fitting = next((s for s in schemes.values() if SCHEMES_4BIT.get(str(s)) == "int4"), fitting)
+    check_method(fitting, method, symmetric=symmetric)

@@ -1,27 +1,27 @@
-"""`quantize`: store and multiply weights in 4 or 8 bits."""
+"""`quantize`: store weights in 4, 8 or 16 bits and multiply them as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pykd.calibration import Batch, Data, calibrate, calibration_batches
 from pykd.calibration.inputs import Inputs
 from pykd.errors import DataError
 from pykd.nn import CompressedModule
-from pykd.nn.linear_4bit import code_of, is_4bit
-from pykd.nn.selection import CONVOLUTION, EMBEDDING, LINEAR, replace_layer, select_layers
+from pykd.nn.linear_4bit import is_4bit
+from pykd.nn.linear_8bit import STATIC
+from pykd.nn.selection import CONVOLUTION, EMBEDDING, LINEAR, layers_of, replace_layer, select_layers
 from pykd.quantization.embeddings import check_embeddings, quantize_embeddings
-from pykd.quantization.methods import METHODS, Choose, Method, check_group_size, check_method
-from pykd.quantization.schemes import Scheme, eight_bit, four_bit
+from pykd.quantization.methods import Choose, check_group_size, check_method
+from pykd.quantization.observers import Observer, check_observer
+from pykd.quantization.packing import Options, Pack, Packer, Schemes, packers, schemes_of, uses_static
 from pykd.training.record import recorded_change, require_finite_weights
 
 Model = TypeVar("Model", bound=nn.Module)
-#: (dense layer, statistics of its inputs) -> packed layer.
-Pack = Callable[[nn.Module, Inputs | None], CompressedModule]
 
 #: A packed layer must save this much: describing it costs some hundred bytes of the saved files.
 LEAST_SAVING_BYTES = 1024
@@ -31,11 +31,12 @@ UNREACHED = "calibration never reached it: give data that uses it, or quantize i
 
 def quantize(
     model: Model,
-    scheme: str | Scheme = "w4a16",
+    scheme: Schemes = "w4a16",
     *,
     method: str | Choose = "rtn",
     group_size: int | None = 64,
     symmetric: bool = True,
+    observer: str | Observer = "mse",
     data: Data | None = None,
     samples: int = 256,
     batch_size: int = 16,
@@ -48,21 +49,26 @@ def quantize(
 
     Args:
         scheme: "w4a16", "nf4", "fp4" (weights in 4 bits), "w4a8" (and activations in 8 bits, rounded at each call under
-            a scale per row and group), "w8a8" (weights in 8 bits, and activations under a scale per row), "w8a16"
-            (weights in 8 bits); 4 bits by a table of your own, named by `pykd.nn.codebook_code(16 numbers)`; or a
-            function of (dense layer, group size) that returns the packed layer.
+            a scale per row and group), "w8a8" (weights in 8 bits, and activations under a scale per row),
+            "w8a8_static" (activations under one scale and zero point, chosen on ``data`` before), "w8a16" (weights in 8
+            bits), "bf16", "fp16" (weights in 16 bits); 4 bits by a table of your own, named by
+            `pykd.nn.codebook_code(16 numbers)`; {pattern of layer names: scheme}, of which the first that fits counts,
+            such as `assign_bits` finds; or a function of (dense layer, group size) that returns the packed layer.
         method: how 4-bit codes are chosen. Without data: "rtn", round to nearest; "hqq" (Badri and Shaji 2023), scales
             that outliers do not spoil. By the error of the layer's outputs on ``data``: "gptq" (Frantar et al. 2022),
             codes that make up for each other's errors; "awq" (after Lin et al. 2023), scales only. Or a function like
             these, (weight, inputs, *, code, group_size) -> FourBit, which gets statistics of the inputs when there is
-            ``data`` and None when not. Only "rtn" goes with 8 bits.
+            ``data`` and None when not. Only "rtn" goes with 8 and 16 bits.
         group_size: inputs that share a scale in the 4-bit schemes; None: all of an output.
         symmetric: False stores an integer zero point per group; schemes "w4a16" and "w4a8" only.
-        data: examples for the methods that look at inputs, not read by "rtn" and "hqq": a DataBundle (its training
-            split), or an iterable of batches, as dicts of tensors by input name or as tensors. Labels are not used.
+        observer: which range of activations "w8a8_static" rounds: "mse" (the least mean squared error), "percentile"
+            (99.99 % of them), "minmax" (all); or a function like these, Sample -> (low, high).
+        data: examples for the methods and the scheme that look at inputs, not read by the others: a DataBundle (its
+            training split), or an iterable of batches, as dicts of tensors by input name or as tensors, labels unused.
         samples: how many examples; batch_size: how many at once, from a DataBundle; seed: which, from a DataBundle.
-        embeddings: scheme of the embeddings, "w4a16", "nf4", "fp4" or "w8a16", by plain rounding; None leaves them as
-            they are. "w8a16" goes with any ``scheme``: it costs next to nothing, and embeddings can be half a model.
+        embeddings: scheme of the embeddings, "w4a16", "nf4", "fp4", "w8a16", "bf16" or "fp16", by plain rounding; None
+            leaves them as they are. "w8a16" goes with any ``scheme``: it costs next to nothing, and embeddings can be
+            half a model.
         include, exclude: shell patterns of layer names, embeddings too; by default all but norms and output heads.
 
     A weight that an embedding shares with an output projection or with other embeddings is quantized once and stays
@@ -84,25 +90,30 @@ def quantize(
     'Linear4bit'
     """
     check_method(scheme, method, symmetric=symmetric)
+    check_observer(observer)
     check_embeddings(embeddings)
     check_group_size(group_size)
-    chosen = Method(method, data is not None) if callable(method) else METHODS[method]
-    pack = _packer(scheme, chosen.choose, group_size, symmetric)
+    options = Options(method, group_size, symmetric, observer, data is not None)
     batches = None
-    if chosen.calibrated:
+    wanting = _wants_data(scheme, options)
+    if wanting is not None:
         if data is None:
             raise DataError(
-                f"method {method!r} looks at the inputs of each layer: pass data=, some hundred examples of what the "
-                "model is for; without any, use method='hqq'"
+                f"{wanting} looks at the inputs of each layer: pass data=, some hundred examples of what the model is "
+                "for; without any, use method='hqq' and scheme 'w4a16' or 'w8a8'"
             )
         batches = calibration_batches(data, samples=samples, batch_size=batch_size, seed=seed)
     require_finite_weights(model, "model")
     kinds = (*LINEAR, *CONVOLUTION, *(EMBEDDING if embeddings is not None else ()))
-    selection = select_layers(model, kinds, include=include, exclude=exclude)
+    named = include
+    if include is None and isinstance(scheme, Mapping):
+        named = [*scheme, *(layers_of(model, EMBEDDING) if embeddings is not None else ())]
+    selection = select_layers(model, kinds, include=named, exclude=exclude)
     parameters = {
-        "scheme": _name(scheme),
+        "scheme": dict(scheme) if isinstance(scheme, Mapping) else _name(scheme),
         "group_size": group_size,
         "symmetric": symmetric,
+        "observer": _name(observer) if uses_static(scheme) else None,
         "samples": None if batches is None else sum(len(next(iter(batch.values()))) for batch in batches),
         "embeddings": embeddings,
         "include": None if include is None else list(include),
@@ -124,7 +135,9 @@ def quantize(
                 least_saving_bytes=LEAST_SAVING_BYTES,
             )
         if names:
-            packed, unpacked = _quantize_layers(model, names, pack, batches)
+            packing = packers(scheme, names, options)
+            left |= {name: "no pattern of `scheme` fits it" for name in names if name not in packing}
+            packed, unpacked = _quantize_layers(model, packing, batches)
             changed, left = {**changed, **packed}, {**left, **unpacked}
         skipped = {name: reason for name, reason in {**skipped, **left}.items() if name not in changed}
         facts.update(changed=changed, skipped=skipped)
@@ -135,47 +148,37 @@ def _name(choice: Any) -> str:
     return choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
 
 
-def _packer(scheme: str | Scheme, choose: Choose, group_size: int | None, symmetric: bool) -> Pack:
-    """One function from a dense layer to a packed one."""
-    if not isinstance(scheme, str) or not is_4bit(scheme):
-        make = eight_bit(scheme) if isinstance(scheme, str) else scheme
-        return lambda layer, inputs: make(layer, _size(layer, group_size))
-    code = code_of(scheme, symmetric=symmetric)
-
-    def pack(layer: nn.Module, inputs: Inputs | None) -> CompressedModule:
-        matrix, size = cast(Tensor, layer.weight).detach().flatten(1), _size(layer, group_size)
-        tensors = choose(matrix, inputs, code=code, group_size=size)
-        return four_bit(layer, tensors, scheme=scheme, group_size=size, symmetric=symmetric)
-
-    return pack
-
-
-def _size(layer: nn.Module, group_size: int | None) -> int:
-    """None is the whole row of the weight matrix."""
-    return cast(Tensor, layer.weight)[0].numel() if group_size is None else group_size
+def _wants_data(scheme: Schemes, options: Options) -> str | None:
+    """Which choice needs calibration, if one does."""
+    if options.chosen().calibrated and any(is_4bit(each) for each in schemes_of(scheme)):
+        return f"method {_name(options.method)!r}"
+    return f"scheme {STATIC!r}" if uses_static(scheme) else None
 
 
 def _quantize_layers(
-    model: nn.Module, names: Sequence[str], pack: Pack, batches: Sequence[Batch] | None
+    model: nn.Module, packing: dict[str, Packer], batches: Sequence[Batch] | None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """What became of each layer, and why others were left."""
     changed: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
 
     def visit(name: str, inputs: Inputs | None = None) -> None:
-        outcome = _quantize_layer(model, name, pack, inputs)
+        outcome = _quantize_layer(model, name, packing[name].pack, inputs)
         if isinstance(outcome, str):
             skipped[name] = outcome
         else:
             changed[name] = outcome
 
     if batches is None:
-        for name in names:
+        for name in packing:
             visit(name)
         return changed, skipped
-    skipped.update(dict.fromkeys(calibrate(model, names, batches, visit), UNREACHED))
+    collected = {kind: any(getattr(each, kind) for each in packing.values()) for kind in ("hessian", "sample")}
+    skipped.update(dict.fromkeys(calibrate(model, list(packing), batches, visit, **collected), UNREACHED))
     if all(reason == UNREACHED for reason in skipped.values()) and not changed:
-        raise ValueError(f"calibration reached none of {len(names)} layers: give data=, inputs that the model runs on")
+        raise ValueError(
+            f"calibration reached none of {len(packing)} layers: give data=, inputs that the model runs on"
+        )
     return changed, skipped
 
 

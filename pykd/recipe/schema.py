@@ -10,7 +10,7 @@ from pykd.distillation.methods import resolve
 from pykd.distillation.quantized import SCHEMES as TEACHER_SCHEMES
 from pykd.errors import nearest
 from pykd.pruning import check_prune
-from pykd.quantization import check_embeddings, check_method, check_qat
+from pykd.quantization import check_embeddings, check_method, check_observer, check_qat
 from pykd.recipe.data_kinds import Data
 from pykd.recipe.guarded import Guarded
 from pykd.recipe.models import FurtherTeacher, Student, Teacher
@@ -111,27 +111,36 @@ class Prune(Section):
 
 
 class Quantize(Section):
-    """Store weights in 4 or 8 bits."""
+    """Store weights in 4, 8 or 16 bits."""
 
     guard: Guarded | None = Field(None, description="undo what costs too much quality; {} for the defaults")
 
-    scheme: str = "w4a16"
+    scheme: str | dict[str, str] = Field("w4a16", description="one for all layers, or {name pattern: scheme}")
     method: str = Field("rtn", description="how 4-bit codes are chosen: rtn, hqq, gptq or awq")
     group_size: int | None = Field(
         64, description="weights that share one scale, none: all of an output; not in 8 bits"
     )
     symmetric: bool = Field(True, description="false stores zero points; schemes w4a16 and w4a8 only")
-    samples: int = Field(256, ge=1, description="training examples that gptq and awq look at")
+    observer: str = Field("mse", description="which activations w8a8_static covers: mse, percentile or minmax")
+    samples: int = Field(256, ge=1, description="training examples that gptq, awq and w8a8_static look at")
     batch_size: int = Field(16, ge=1, description="of them at once")
-    embeddings: str | None = Field(None, description="scheme of the embeddings: w8a16, w4a16, nf4 or fp4; none: as is")
+    embeddings: str | None = Field(
+        None, description="scheme of the embeddings: w8a16, w4a16, nf4, fp4 or bf16; none: as is"
+    )
     include: list[str] | None = None
     exclude: list[str] | None = None
 
     @field_validator("scheme")
     @classmethod
-    def _known_scheme(cls, scheme: str) -> str:
+    def _known_scheme(cls, scheme: str | dict[str, str]) -> str | dict[str, str]:
         check_method(scheme, "rtn")
         return scheme
+
+    @field_validator("observer")
+    @classmethod
+    def _known_observer(cls, observer: str) -> str:
+        check_observer(observer)
+        return observer
 
     @field_validator("method")
     @classmethod

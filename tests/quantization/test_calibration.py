@@ -137,10 +137,10 @@ def test_one_hessian_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = 0
 
     class Watched(layers.Accumulator):
-        def __init__(self, layer: nn.Module) -> None:
+        def __init__(self, layer: nn.Module, **collected: bool) -> None:
             nonlocal begun
             assert [ref for ref in alive if ref() is not None] == []
-            super().__init__(layer)
+            super().__init__(layer, **collected)
             alive.append(weakref.ref(self.products))
             begun += 1
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pykd.evaluation.report import Report
+from pykd.evaluation.behaviour import Behaviour, behaviour
+from pykd.evaluation.report import HEADLINES, Report
 
 #: Below these a change in size or speed is called no gain: a hundredth of the file, and what repeats do not tell apart.
 SIZE_GAIN = 1.01
@@ -36,12 +37,18 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Reports in the order of their stages, their ``ratios`` to the one at index ``baseline``, and remarks in words."""
+    """Reports in the order of their stages, their ``ratios`` to the one at index ``baseline``, and remarks in words.
+
+    behaviours: each report's answers against the baseline's, example by example; None for the baseline itself and for
+    one measured on other examples. front: indices of the reports that no other beats in quality, size and speed.
+    """
 
     reports: tuple[Report, ...]
     baseline: int
     ratios: tuple[Ratios, ...]
     remarks: tuple[str, ...]
+    behaviours: tuple[Behaviour | None, ...]
+    front: tuple[int, ...]
 
     def text(self, *, width: int | None = None) -> str:
         """The table in aligned columns, then the remarks: what the command line prints.
@@ -53,10 +60,8 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table and the remarks in Markdown."""
-        head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in self.cells()]
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-        table = ["| " + " | ".join(row) + " |" for row in lines]
-        return "\n".join([*table, "", *[f"- {remark}" for remark in self.remarks]]).strip() + "\n"
+        tables = [_markdown(cells) for cells in (self.cells(), self.behaviour_cells()) if cells]
+        return "\n\n".join([*tables, "\n".join(f"- {remark}" for remark in self.remarks)]).strip() + "\n"
 
     def cells(self) -> list[list[str]]:
         """The table as strings: a row of headings, then one row a model."""
@@ -67,10 +72,29 @@ class Comparison:
         ]
         return [[heading for heading, _ in columns], *rows]
 
+    def behaviour_cells(self) -> list[list[str]]:
+        """The answers beside the baseline's as strings: headings, then one row a model; empty for one model."""
+        rows = [
+            [found.name, *_behaviour_row(found, beside)]
+            for found, beside in zip(self.reports, self.behaviours, strict=True)
+            if beside is not None
+        ]
+        return [BEHAVIOUR_HEADINGS, *rows] if rows else []
+
     def to_dict(self) -> dict[str, Any]:
         """Baseline, ratios and remarks as plain values."""
         ratios = {report.name: asdict(ratio) for report, ratio in zip(self.reports, self.ratios, strict=True)}
-        return {"baseline": self.reports[self.baseline].name, "ratios": ratios, "remarks": list(self.remarks)}
+        return {
+            "baseline": self.reports[self.baseline].name,
+            "ratios": ratios,
+            "remarks": list(self.remarks),
+            "behaviours": {
+                report.name: asdict(found)
+                for report, found in zip(self.reports, self.behaviours, strict=True)
+                if found is not None
+            },
+            "front": [self.reports[index].name for index in self.front],
+        }
 
 
 def compare(reports: Sequence[Report], baseline: int = 0) -> Comparison:
@@ -94,7 +118,26 @@ def compare(reports: Sequence[Report], baseline: int = 0) -> Comparison:
         baseline=baseline % len(reports),
         ratios=tuple(ratios(report, first) for report in reports),
         remarks=tuple(sentence for sentence in remarks if sentence),
+        behaviours=tuple(
+            None if report is first or report.labels != first.labels else behaviour(report, first) for report in reports
+        ),
+        front=pareto_front([(report.quality(), -report.size_bytes, -report.latency_p50_ms) for report in reports]),
     )
+
+
+def pareto_front(points: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """Indices of the points that no other is at least as high as in every coordinate and higher in one.
+
+    >>> pareto_front([(1, 1), (2, 0), (0, 0), (2, 0)])
+    (0, 1, 3)
+    """
+
+    def beaten(point: Sequence[float]) -> bool:
+        return any(
+            all(a >= b for a, b in zip(other, point, strict=True)) and tuple(other) != tuple(point) for other in points
+        )
+
+    return tuple(index for index, point in enumerate(points) if not beaten(point))
 
 
 def ratios(now: Report, before: Report) -> Ratios:
@@ -162,6 +205,12 @@ def _blocks(rows: list[list[str]], width: int | None) -> list[list[list[str]]]:
     return [[[row[column] for column in block] for row in rows] for block in blocks]
 
 
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -190,6 +239,35 @@ COLUMNS: tuple[tuple[str, Callable[[Report, Ratios], str]], ...] = (
     ("items/s", lambda report, _: f"{report.throughput_per_s:,.0f}"),
     ("agreement", lambda _, ratio: "-" if ratio.agreement is None else f"{100 * ratio.agreement:.1f} %"),
 )
+
+
+#: What is said of a model's answers beside the baseline's.
+BEHAVIOUR_HEADINGS = [
+    "model",
+    "95 % interval",
+    "flips",
+    "lost / won",
+    "difference",
+    "p",
+    "calibration error",
+    "worst class",
+]
+
+
+def _behaviour_row(report: Report, beside: Behaviour) -> list[str]:
+    first = HEADLINES[report.task][0][0] if report.task in HEADLINES else "accuracy"
+    ends = report.intervals.get(first)
+    test = beside.test
+    drop = f"{beside.worst_class} -{100 * beside.worst_class_drop:.1f} points" if beside.worst_class else "none"
+    return [
+        "-" if ends is None else f"{first} {ends[0]:.4g} to {ends[1]:.4g}",
+        f"{100 * beside.flip_rate:.1f} %",
+        f"{beside.lost} / {beside.won}",
+        f"{test.difference:+.4g} ({test.low:+.4g} to {test.high:+.4g})",
+        f"{test.p_value:.2g}" + ("" if test.significant else ": may be chance"),
+        f"{beside.calibration_error:.3f}, was {beside.baseline_calibration_error:.3f}",
+        drop if report.per_class else "-",
+    ]
 
 
 def columns_for(report: Report) -> Sequence[tuple[str, Callable[[Report, Ratios], str]]]:

@@ -26,6 +26,18 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Calls of ``batch_size`` rows, of ``length`` tokens or 0 for inputs without length; percentiles in ms a call."""
+
+    batch_size: int
+    length: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    per_s: float
+
+
+@dataclass(frozen=True)
 class Interleaved:
     """Times of models that took turns: rounds_ms[name] has one median per round, in milliseconds.
 
@@ -101,6 +113,46 @@ def measure_throughput(
             index = len(rates) % len(ready)
             rates.append(1000 * rows[index] / _call_ms(model, ready[index], device))
     return statistics.median(rates)
+
+
+def measure_speeds(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int] = (),
+    *,
+    rounds: int = 20,
+) -> tuple[Speed, ...]:
+    """Latency and throughput at every batch size and length; rows and tokens of ``batch`` are repeated or cut to fit.
+
+    lengths: tokens of a row, for inputs that have them; none: the length that the batch has. rounds: timed calls each.
+    Raises ValueError for sizes below 1.
+
+    >>> [(s.batch_size, s.length) for s in measure_speeds(nn.Linear(4, 2), {"x": torch.zeros(2, 4)}, [1, 8], rounds=3)]
+    [(1, 0), (8, 0)]
+    """
+    if any(size < 1 for size in (*batch_sizes, *lengths)):
+        raise ValueError(f"batch sizes and lengths must be at least 1, got {list(batch_sizes)} and {list(lengths)}")
+    has_length = "input_ids" in batch
+    found = []
+    for length in lengths if lengths and has_length else [batch["input_ids"].shape[1] if has_length else 0]:
+        for size in batch_sizes:
+            timed = measure_latency(model, [_sized(batch, size, length)], rounds=rounds, warmup=2)
+            found.append(Speed(size, length, timed.p50_ms, timed.p95_ms, timed.p99_ms, 1000 * size / timed.p50_ms))
+    return tuple(found)
+
+
+def _sized(batch: Mapping[str, Any], size: int, length: int) -> dict[str, Any]:
+    """The tensors of a batch with ``size`` rows and, where they have one per token, ``length`` columns."""
+    tokens = batch["input_ids"].shape[1] if length else None
+    found = {}
+    for name, tensor in batch.items():
+        if isinstance(tensor, torch.Tensor) and tensor.dim() > 0:
+            rows = tensor.repeat(-(-size // len(tensor)), *[1] * (tensor.dim() - 1))[:size]
+            if tokens is not None and rows.dim() > 1 and rows.shape[1] == tokens:
+                rows = rows.repeat(1, -(-length // tokens))[:, :length]
+            found[name] = rows
+    return found
 
 
 def interleaved_latency(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from pykd.data.bundle import DataBundle, batches
 from pykd.errors import DataError
 from pykd.evaluation.answers import answers
 from pykd.evaluation.counting import count_parameters, saved_bytes, state_bytes
-from pykd.evaluation.latency import device_of, evaluating, measure_latency, measure_throughput
+from pykd.evaluation.footprint import components, count_flops, peak_memory
+from pykd.evaluation.intervals import bootstrap, class_statistic
+from pykd.evaluation.latency import device_of, evaluating, measure_latency, measure_speeds, measure_throughput
 from pykd.evaluation.metrics import quality
 from pykd.evaluation.report import Report
 from pykd.evaluation.score import WEIGHTS, quality_score
@@ -32,6 +34,8 @@ def evaluate(
     name: str = "model",
     batch_size: int = 64,
     latency_rounds: int = 100,
+    batch_sizes: Sequence[int] = (),
+    lengths: Sequence[int] = (),
     path: str | os.PathLike[str] | None = None,
     weights: Mapping[str, float] | None = None,
     bertscore_model: str | os.PathLike[str] | None = None,
@@ -45,6 +49,8 @@ def evaluate(
 
     batch_size: of the quality pass and of the throughput. latency_rounds: timed calls at batch 1, after a warm-up, on
     the first test examples in turn, on the model's device, with torch's current number of threads (the report has it).
+    batch_sizes, lengths: rows and tokens of further calls to time, every size at every length (a fifth of
+    ``latency_rounds`` calls each); lengths count only where the data has ``input_ids``.
     path: file or folder the model is saved in, whose bytes are reported; without it, its state is saved temporarily.
 
     Raises DataError when model and data have different classes or the scores are not finite, TypeError for data that is
@@ -91,6 +97,10 @@ def evaluate(
         throughput_batch=len(full[0]["labels"]),
         threads=torch.get_num_threads(),
         device=str(device_of(model)),
+        speeds=measure_speeds(model, full[0], batch_sizes, lengths, rounds=max(3, latency_rounds // 5)),
+        peak_memory_bytes=peak_memory(model, singles[0]),
+        flops=count_flops(model, singles[0]),
+        components=components(model),
     )
 
 
@@ -104,15 +114,18 @@ def _quality(
         scored = quality(labels, predictions, data.class_names)
         found: dict[str, Any] = {name: getattr(scored, name) for name in names}
         found |= {"metrics": dict(found), "per_class": scored.per_class, "confusion": scored.confusion}
+        found["intervals"] = bootstrap(class_statistic(labels, predictions, len(data.class_names)), len(labels))
         rows: tuple[Any, ...] = (labels, predictions, confidences)
     else:
         folder = str(bertscore_model) if bertscore_model is not None else None
-        answered = answers(model, data, batch_size=batch_size, bertscore_model=folder)
+        answered = answers(model, data, batch_size=batch_size, bertscore_model=folder, intervals=True)
         rows = (answered.labels, answered.predictions, answered.confidences)
         right = sum(a == b for a, b in zip(answered.labels, answered.predictions, strict=True))
         share = {"accuracy": right / max(1, len(answered.labels))}
         found = {name: (share | answered.metrics).get(name, 0.0) for name in names}
         found |= {"metrics": answered.metrics, "per_class": (), "confusion": (), "texts": tuple(answered.texts)}
+        found |= {"intervals": answered.intervals, "example_scores": tuple(answered.scores)}
+        found["example_score"] = answered.score
     return found | dict(zip(("labels", "predictions", "confidences"), map(tuple, rows), strict=True))
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pykd.errors import DataError
+from pykd.evaluation.intervals import RESAMPLES, Intervals, bootstrap
 
 
 def text_quality(
@@ -26,16 +30,62 @@ def text_quality(
     """
     if len(references) != len(predictions) or not references:
         raise DataError(f"text_quality needs one prediction a reference, got {len(predictions)} and {len(references)}")
-    bleu = _library("sacrebleu.metrics")
-    rouge = _library("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
-    found = {
-        name: float(metric.corpus_score(list(predictions), [list(references)]).score)
-        for name, metric in (("bleu", bleu.BLEU()), ("chrf", bleu.CHRF()), ("ter", bleu.TER()))
-    }
-    scores = [rouge.score(reference, text) for reference, text in zip(references, predictions, strict=True)]
-    found |= {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in scores[0]}
+    pair = list(predictions), [list(references)]
+    found = {name: float(metric.corpus_score(*pair).score) for name, metric in _of_corpora().items()}
+    found |= {name: sum(values) / len(values) for name, values in _rouge(references, predictions).items()}
     if bertscore_model is not None:
         found["bertscore"] = _bertscore(references, predictions, Path(bertscore_model))
+    return found
+
+
+def text_intervals(references: Sequence[str], predictions: Sequence[str]) -> tuple[Intervals, list[float]]:
+    """95 % intervals of the metrics of :func:`text_quality` but BERTScore, by bootstrap; and the chrF of each text.
+
+    A metric that is zero in some sample, as can be among few texts, may have no interval.
+
+    >>> text_intervals(["the cat sat"] * 3, ["the cat sat"] * 3)[1]
+    [100.0, 100.0, 100.0]
+    """
+    found: Intervals = {}
+    for name, metric in _of_corpora().items():
+        try:
+            score = metric.corpus_score(list(predictions), [list(references)], n_bootstrap=RESAMPLES)
+        except TypeError:  # sacreBLEU cannot average scores when some sample of few texts has nothing in common
+            continue
+        written = json.loads(score.format(width=4, signature=metric.get_signature().format(), is_json=True))
+        if "confidence_mean" in written:  # left out where it is zero
+            middle, half = written["confidence_mean"], written["confidence_var"]
+            found[name] = (middle - half, middle + half)
+    rouge = _rouge(references, predictions)
+    names, values = list(rouge), np.array(list(rouge.values()))
+    means = bootstrap(lambda n: dict(zip(names, (values @ n / n.sum()).tolist(), strict=True)), len(references))
+    chrf = _of_corpora()["chrf"]
+    pairs = zip(predictions, references, strict=True)
+    return found | means, [float(chrf.sentence_score(text, [reference]).score) for text, reference in pairs]
+
+
+def _of_corpora() -> dict[str, Any]:
+    library = _library("sacrebleu.metrics")
+    return {"bleu": library.BLEU(), "chrf": library.CHRF(), "ter": library.TER()}
+
+
+def _rouge(references: Sequence[str], predictions: Sequence[str]) -> dict[str, list[float]]:
+    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scores = [scorer.score(reference, text) for reference, text in zip(references, predictions, strict=True)]
+    return {name: [score[name].fmeasure for score in scores] for name in scores[0]}
+
+
+def entity_counts(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> list[tuple[int, int, int]]:
+    """Of each sentence: entities that are right, predicted, and labelled (seqeval's).
+
+    >>> entity_counts([["B-PER", "O", "B-PER"]], [["B-PER", "B-PER", "O"]])
+    [(1, 2, 2)]
+    """
+    entities = _library("seqeval.metrics.sequence_labeling").get_entities
+    found = []
+    for wanted, given in zip(labels, predictions, strict=True):
+        gold, got = set(entities(list(wanted))), set(entities(list(given)))
+        found.append((len(gold & got), len(got), len(gold)))
     return found
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pykd.evaluation import plots
-from pykd.evaluation.comparison import SPEED_GAIN, Ratios
+from pykd.evaluation.comparison import SPEED_GAIN, Comparison, Ratios
 from pykd.evaluation.examples import flips, worst_confusions, wrong_examples
+from pykd.evaluation.footprint import theoretical_bytes
 from pykd.evaluation.report import Report
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ def context(story: Story) -> dict[str, Any]:
             for name, record in story.stages.items()
         ],
         "methods": {name: _method(record.details) for name, record in story.stages.items()},
+        "behaviours": comparison.behaviour_cells(),
+        "agreement": found.agreement_by_confidence if (found := comparison.behaviours[-1]) is not None else (),
+        "pareto": pareto(comparison),
+        "footprint": [(report.name, list(flatten(footprint(report)))) for report in comparison.reports],
+        "speeds": speeds(comparison.reports),
         "many_classes": len(final.class_names) > MANY_CLASSES,
         "settings": list(flatten(story.settings)),
         "data": list(flatten({k: v for k, v in story.data.describe().items() if k != "class_names"})),
@@ -106,6 +112,43 @@ def cards(final: Report, baseline: Report, ratio: Ratios) -> list[Card]:
             "plain",
         ),
     ]
+
+
+def pareto(comparison: Comparison) -> str:
+    """Quality against size and latency of every model."""
+    points = [
+        {"name": r.name, "quality": r.quality(), "megabytes": r.size_bytes / 1e6, "ms": r.latency_p50_ms}
+        for r in comparison.reports
+    ]
+    kind = "accuracy" if comparison.reports[0].task == "classification" else "quality score"
+    return plots.pareto(points, comparison.front, kind)
+
+
+def footprint(report: Report) -> dict[str, Any]:
+    """What a model costs, as facts: bytes beside those its weights would take at each width, memory, operations."""
+    widths = {f"its weights in {name}": _megabytes(size) for name, size in theoretical_bytes(report.parameters).items()}
+    parts = {name: f"{count:,} parameters" for name, count in report.components.items()}
+    memory = report.peak_memory_bytes
+    return {
+        "on disk": _megabytes(report.size_bytes),
+        **widths,
+        "peak memory at batch 1": _megabytes(memory) if memory is not None else None,
+        "operations at batch 1": f"{report.flops / 1e9:,.3f} GFLOP",
+        **parts,
+    }
+
+
+def speeds(reports: Sequence[Report]) -> list[list[str]]:
+    """Further timed calls as a table: a row a batch size and length, a column a model; empty when there are none."""
+    first = reports[0].speeds
+    if not first or any(len(report.speeds) != len(first) for report in reports):
+        return []
+    rows = [["rows x tokens" if first[0].length else "rows", *(report.name for report in reports)]]
+    for number, speed in enumerate(first):
+        timed = [report.speeds[number] for report in reports]
+        shown = [f"{t.p50_ms:.2f} / {t.p95_ms:.2f} / {t.p99_ms:.2f} ms, {t.per_s:,.0f}/s" for t in timed]
+        rows.append([f"{speed.batch_size} x {speed.length}" if speed.length else str(speed.batch_size), *shown])
+    return rows
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -149,6 +192,10 @@ def _tone(value: float, gain: float) -> str:
 
 def _method(details: Mapping[str, Any]) -> str:
     return ", ".join(str(details[key]) for key in ("stage", "method") if key in details)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB"
 
 
 def _millions(count: int) -> str:

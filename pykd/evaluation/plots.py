@@ -66,6 +66,27 @@ def validation_curves(validations: Mapping[str, Sequence[Mapping[str, Any]]]) ->
     return _svg(figure)
 
 
+def pareto(points: Sequence[Mapping[str, Any]], front: Sequence[int], quality: str) -> str:
+    """Quality against size and against latency, one dot a model; those of the front are filled and joined.
+
+    points: of each model "name", "quality", "megabytes", "ms"; front: indices; quality: what the vertical axis is.
+    """
+    figure, axes = _figure(11.0, 3.4, columns=2)
+    for axis, key, title in zip(axes, ("megabytes", "ms"), ("MB on disk", "ms a call, batch 1"), strict=True):
+        joined = sorted((points[index] for index in front), key=lambda point: point[key])
+        axis.plot([p[key] for p in joined], [p["quality"] for p in joined], color=GRID, linewidth=1.2, zorder=1)
+        for index, point in enumerate(points):
+            face = FINAL if index in front else "#ffffff"
+            axis.scatter([point[key]], [point["quality"]], s=42, facecolors=face, edgecolors=FINAL, zorder=2)
+            place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8, "color": INK}
+            axis.annotate(point["name"], (point[key], point["quality"]), **place)
+        axis.set_xscale("log")
+        axis.margins(x=0.2, y=0.15)
+        axis.set_title(f"{quality} against {title}", loc="left", fontsize=9, color=INK)
+        axis.grid(color=GRID)
+    return _svg(figure)
+
+
 def confusion_heatmap(report: Report) -> str:
     """Rows are labels, columns predictions; the color is the share of the label's examples, mistakes stand out."""
     from matplotlib.colors import LinearSegmentedColormap

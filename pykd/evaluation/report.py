@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from pykd.evaluation.latency import Speed
 from pykd.evaluation.metrics import ClassQuality
 
 #: Task -> (metric, how it is written, decimals) of what a log says first; other tasks have accuracy and errors.
@@ -28,6 +29,10 @@ class Report:
     their CRC-32. latency_*_ms: one call at batch 1 over ``latency_rounds`` calls; throughput_per_s: examples a second
     at ``throughput_batch``. labels, predictions, confidences (probability of the prediction): one an example, in order.
     speedup_over: how many times faster than another model, by name, from alternating rounds.
+    intervals: 95 % confidence interval of each metric, by bootstrap over examples. example_scores: one a test example,
+    higher is better, what ``example_score`` names; empty for classification, where an example is right or wrong.
+    speeds: at several batch sizes and lengths. peak_memory_bytes: tensors and a forward pass at batch 1, None where it
+    cannot be read; flops: operations of that pass. components: parameters of each part of the model.
     """
 
     name: str
@@ -58,11 +63,28 @@ class Report:
     score: float = 0.0
     score_formula: str = ""
     texts: tuple[str, ...] = ()
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    example_scores: tuple[float, ...] = ()
+    example_score: str = "right answers"
+    speeds: tuple[Speed, ...] = ()
+    peak_memory_bytes: int | None = None
+    flops: int = 0
+    components: dict[str, int] = field(default_factory=dict)
 
     @property
     def errors(self) -> int:
         """How many examples are classified wrongly."""
         return sum(label != found for label, found in zip(self.labels, self.predictions, strict=True))
+
+    def scores(self) -> tuple[float, ...]:
+        """A score of each test example, higher is better: ``example_scores``, or 1 for a right answer and 0 else."""
+        if self.example_scores:
+            return self.example_scores
+        return tuple(float(label == found) for label, found in zip(self.labels, self.predictions, strict=True))
+
+    def quality(self) -> float:
+        """What models are ranked by, higher is better: the accuracy of classes, else the quality score."""
+        return self.accuracy if self.task == "classification" else self.score
 
     def headline(self) -> str:
         """The task's foremost metrics in words: accuracy and errors, F1 of tags, chrF and BLEU, perplexity."""
@@ -97,6 +119,8 @@ class Report:
         read: dict[str, Any] = {
             name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in values.items()
         }
+        read["speeds"] = tuple(Speed(**entry) for entry in values.get("speeds", ()))
         read["per_class"] = tuple(ClassQuality(**entry) for entry in values["per_class"])
+        read["intervals"] = {name: tuple(ends) for name, ends in values.get("intervals", {}).items()}
         read["confusion"] = tuple(tuple(row) for row in values["confusion"])
         return cls(**read)

@@ -49,11 +49,7 @@ def _worst(found: Answers, data: DataBundle) -> list[dict[str, Any]]:
             for i in order
             if alike[i] < 1
         ]
-    first, wrong = 0, []
-    for count in found.rows:
-        pairs = zip(found.labels[first : first + count], found.predictions[first : first + count], strict=True)
-        wrong.append(sum(a != b for a, b in pairs))
-        first += count
+    wrong = [count - right for count, right in zip(found.rows, found.right(), strict=True)]
     order = sorted(range(len(wrong)), key=lambda row: -wrong[row])[:WORST]
     return [{"index": i, "text": _text(data, i), "wrong": wrong[i], "of": found.rows[i]} for i in order if wrong[i]]
 

@@ -132,6 +132,8 @@ class Pipeline:
             name=self.labels[name],
             batch_size=options.batch_size,
             latency_rounds=options.latency_rounds,
+            batch_sizes=options.batch_sizes,
+            lengths=options.lengths,
             path=folder,
         )
         if before is not None:

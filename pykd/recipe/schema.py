@@ -219,12 +219,21 @@ class Stage(Section):
         return found
 
 
+Count = Annotated[int, Field(ge=1)]
+
+
 class Evaluate(Section):
     """How every stage is measured."""
 
     batch_size: int = Field(default=64, ge=1)
     latency_rounds: int = Field(default=50, ge=1, description="timed calls at batch 1")
     speed_rounds: int = Field(default=20, ge=1, description="alternating rounds against the teacher, for the ratio")
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list, description="further calls to time, rows"
+    )
+    lengths: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list, description="and their tokens, where inputs have them"
+    )
 
 
 class Recipe(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,6 +49,11 @@ def make_report(name: str = "teacher", wrong: int = 1, **changes: Any) -> Report
         "confidences": tuple(0.9 for _ in labels),
     }
     return Report(**{**values, **changes})
+
+
+@pytest.fixture(name="make_report")
+def _make_report() -> Callable[..., Report]:
+    return make_report
 
 
 @pytest.fixture

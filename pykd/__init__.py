@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 #: Public name -> module that defines it.
 _LAZY: dict[str, str] = {
     "DistillationTrainer": "pykd.distillation.trainer",
+    "Gradual": "pykd.pruning",
     "TeacherCache": "pykd.distillation",
     "build_info": "pykd.ops.dispatch",
     "cache_teacher": "pykd.distillation",

@@ -259,3 +259,19 @@ def test_prune_takes_a_pattern_as_yaml_reads_it_and_refuses_what_the_method_does
     ):
         with pytest.raises(RecipeError, match=sentence):
             load_recipe(GOOD, overrides=[f"stages[1].prune={setting}"])
+
+
+def test_gradual_pruning_is_a_part_of_a_training() -> None:
+    read = load_recipe(GOOD, overrides=["stages[0].distill.gradual={method: movement, pattern: 2:4}"])
+    assert read.stages[0].distill is not None and read.stages[0].distill.gradual is not None
+    gradual = read.stages[0].distill.gradual.gradual(seed=3)
+    assert (gradual.method, gradual.pattern, gradual.seed, gradual.end) == ("movement", "2:4", 3, 0.7)
+    for setting, sentence in (
+        ("distill={gradual: {method: movment}}", r"unknown method of gradual pruning 'movment': did you mean 'movement'"),
+        ("distill={gradual: {sparsty: 0.5}}", r"unknown key 'sparsty': did you mean 'sparsity'"),
+        ("distill={gradual: {}, guard: {}}", r"gradual does not go with guard, whose best model may be one of less"),
+        ("qat={gradual: {}}", r"stages\[0\]\.qat does not prune meanwhile: put gradual under recover"),
+    ):
+        stage = GOOD if setting.startswith("distill") else {**GOOD, "stages": [{}]}
+        with pytest.raises(RecipeError, match=sentence):
+            load_recipe(stage, overrides=[f"stages[0].{setting}"])

@@ -22,6 +22,7 @@ from pykd.training.config import TrainConfig
 from pykd.training.guard import Guard
 from pykd.training.labels import check_batch, predicts_next
 from pykd.training.loop import fit
+from pykd.training.pruner import Pruner
 from pykd.training.record import add_record
 from pykd.training.source import Batch, Loader
 from pykd.training.watch import Validate
@@ -64,6 +65,7 @@ def distill(
     validate: Validate | None = None,
     validate_steps: int | None = None,
     guard: Guard | None = None,
+    prune: Pruner | None = None,
     log_file: str | Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
@@ -83,8 +85,9 @@ def distill(
     computed once. A :class:`TeacherCache` in the
     teacher's place says what :func:`cache_teacher` kept of it; the loss is then ``kd_loss_topk``. student_tokenizer,
     teacher_tokenizer: if both are given they must be equal, and the widths of the logits may then differ by padding.
-    The other options are those of :class:`pykd.training.TrainConfig` and :func:`pykd.training.fit`; a ``guard`` without
-    ``validate`` guards the accuracy on the held-out split, and knows the teacher's.
+    The other options are those of :class:`pykd.training.TrainConfig` and :func:`pykd.training.fit`, among them
+    ``prune``, sparsity that rises meanwhile (:class:`pykd.Gradual`); a ``guard`` without ``validate`` guards the
+    accuracy on the held-out split, and knows the teacher's.
 
     Raises ValueError for class counts, vocabularies or layers that do not fit together, NaN in either model's weights,
     or an unknown method; DataError for labels out of range.
@@ -147,6 +150,7 @@ def distill(
             modules=terms.modules if terms else None,
             validate=validate,
             guard=guard,
+            prune=prune,
             settings=settings,
             checkpoint_dir=checkpoint_dir,
             resume=resume,

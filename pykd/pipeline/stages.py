@@ -68,6 +68,7 @@ def _distill(settings: Any, model: nn.Module, context: Context) -> nn.Module:
         context.data,
         teacher_weights=[settings.teacher_weight, *(each.weight for each in settings.teachers)],
         guard=settings.guard.guard() if settings.guard is not None else None,
+        prune=settings.gradual.gradual(context.recipe.seed) if settings.gradual is not None else None,
         **_loss_options(settings),
         **train_options(settings, context),
     )

@@ -12,9 +12,10 @@ from pykd.errors import nearest
 from pykd.pruning import check_prune
 from pykd.quantization import check_embeddings, check_method, check_observer, check_qat
 from pykd.recipe.data_kinds import Data
+from pykd.recipe.gradual import GradualPruning
 from pykd.recipe.guarded import Guarded
 from pykd.recipe.models import FurtherTeacher, Student, Teacher
-from pykd.recipe.section import Section
+from pykd.recipe.section import PatternText, Section
 from pykd.recipe.train import Train
 
 
@@ -26,6 +27,7 @@ class Distill(Train):
     guard: Guarded | None = Field(
         None, description="go back to the best checkpoint when quality falls; {} for defaults"
     )
+    gradual: GradualPruning | None = Field(None, description="prune meanwhile; {} for the defaults; not with a guard")
     method: str | dict[str, float | dict[str, Any]] = Field(
         "logits",
         description="logits, hidden, attention, relation, contrastive, sequence, on_policy; or several with their "
@@ -40,6 +42,12 @@ class Distill(Train):
     def _known_loss(cls, method: str | dict[str, Any]) -> str | dict[str, Any]:
         resolve(method)
         return method
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Distill:
+        if self.gradual is not None and self.guard is not None:
+            raise ValueError("gradual does not go with guard, whose best model may be one of less sparsity")
+        return self
 
     @field_validator("teacher_scheme")
     @classmethod
@@ -79,7 +87,7 @@ class Prune(Section):
         None, ge=0, lt=1, description="share of weights, or of units per group, removed: 0.5 unless the pattern says it"
     )
     scope: str | None = Field(None, description="the weights over which the share is met: global, layer or row")
-    pattern: str | None = Field(None, description="N:M, as 2:4: N weights kept of M neighbours")
+    pattern: PatternText = Field(None, description="N:M, as 2:4: N weights kept of M neighbours")
     importance: str | None = Field(None, description="of units: l2, l1, taylor or activation")
     samples: int = Field(256, ge=1, description="training examples that wanda, sparsegpt, taylor, activation look at")
     batch_size: int = Field(16, ge=1, description="of them at once")
@@ -96,12 +104,6 @@ class Prune(Section):
     def _known(cls, method: str) -> str:
         check_prune(method, None)
         return method
-
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _not_a_time(cls, pattern: object) -> object:
-        """YAML 1.1 reads 2:4 as a number to the base 60."""
-        return f"{pattern // 60}:{pattern % 60}" if isinstance(pattern, int) else pattern
 
     @model_validator(mode="after")
     def _fit(self) -> Prune:
@@ -254,6 +256,8 @@ class Recipe(Section):
     def _stages_fit(self) -> Recipe:
         packed = None
         for index, stage in enumerate(self.stages):
+            if stage.kind in ("chain", "qat") and getattr(stage.settings, "gradual", None) is not None:
+                raise ValueError(f"stages[{index}].{stage.kind} does not prune meanwhile: put gradual under recover")
             if stage.kind == "distill" and self.student is None:
                 raise ValueError(f"stages[{index}].distill needs a student: add one, or use recover to fine-tune")
             if stage.kind == "chain" and (index or self.student is not None):

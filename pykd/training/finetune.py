@@ -14,6 +14,7 @@ from pykd.training.config import TrainConfig
 from pykd.training.guard import Guard
 from pykd.training.labels import IGNORED, check_batch, check_shapes, predicts_next
 from pykd.training.loop import fit
+from pykd.training.pruner import Pruner
 from pykd.training.record import add_record, require_finite_weights
 from pykd.training.source import Batch, Loader
 from pykd.training.watch import Validate
@@ -45,6 +46,7 @@ def finetune(
     validate: Validate | None = None,
     validate_steps: int | None = None,
     guard: Guard | None = None,
+    prune: Pruner | None = None,
     log_file: str | Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
@@ -54,7 +56,8 @@ def finetune(
 
     Labels are class numbers 0..classes-1, one a row or one a position; -100 is ignored. Causal language models (their
     logits of position i) are scored against label i + 1. The other options are those of :class:`TrainConfig` and
-    :func:`fit`; a ``guard`` without ``validate`` guards the accuracy on the held-out split.
+    :func:`fit`, among them ``prune``, sparsity that rises meanwhile; a ``guard`` without ``validate`` guards the
+    accuracy on the held-out split.
 
     Raises DataError for labels out of range, ValueError for NaN or infinite weights.
 
@@ -102,6 +105,7 @@ def finetune(
         config,
         validate=validate,
         guard=guard,
+        prune=prune,
         settings=settings,
         checkpoint_dir=checkpoint_dir,
         resume=resume,

@@ -17,6 +17,7 @@ from pykd.training.guard import Guard
 from pykd.training.history import History
 from pykd.training.interrupt import deferred_interrupt
 from pykd.training.progress import Progress
+from pykd.training.pruner import Pruner, attached
 from pykd.training.rng import preserved_rng
 from pykd.training.run import LossFunction, Run
 from pykd.training.source import Loader
@@ -32,6 +33,7 @@ def fit(
     modules: dict[str, nn.Module] | None = None,
     validate: Validate | None = None,
     guard: Guard | None = None,
+    prune: Pruner | None = None,
     settings: dict[str, Any] | None = None,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
@@ -50,6 +52,9 @@ def fit(
     which model is the best. With ``guard`` a run that loses too much goes back to its best state with a lower learning
     rate, in the end stops early, and always leaves the best model; every decision is in ``history.validations``.
 
+    prune: sparsity that rises during the run (:class:`pykd.pruning.Gradual`); the model is sparse afterwards. It does
+    not go with a guard, whose best model may be one from before the last weights went, nor with FSDP2.
+
     With ``checkpoint_dir`` a checkpoint is written every ``config.checkpoint_steps`` steps, for every new best model,
     at Ctrl-C (after the step, then KeyboardInterrupt) and at the end; ``resume=True`` continues from the newest with
     the same data order, optimizer and random state. It is refused when config, data or ``settings`` (JSON-able values
@@ -67,9 +72,15 @@ def fit(
     10
     """
     config = config or TrainConfig()
-    watched = {"guard": guard.to_dict()} if guard is not None else {}
-    with preserved_rng():
-        run = Run(model, data, config, (settings or {}) | watched, checkpoint_dir, modules)
+    watched: dict[str, Any] = {"guard": guard.to_dict()} if guard is not None else {}
+    if prune is not None:
+        if guard is not None:
+            raise ValueError(
+                "prune does not go with guard, whose best model may be one of less sparsity: guard another run"
+            )
+        watched["prune"] = prune.to_dict()
+    with preserved_rng(), attached(prune, model):
+        run = Run(model, data, config, (settings or {}) | watched, checkpoint_dir, modules, prune)
         log = EventLog(log_file if run.engine.rank == 0 else None, label)
         watch = Watch(run, validate, guard, log)
         if not resume:

@@ -10,7 +10,8 @@ from torch import nn
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with two groups: weights are decayed, biases and normalisation weights are not.
+    """AdamW (Loshchilov & Hutter 2019) with two groups: weights are decayed, biases, normalisation
+    weights and learned scores are not.
 
     Parameters shared by several modules are optimised once. Raises ValueError when nothing is trainable.
     """
@@ -35,6 +36,6 @@ def parameter_groups(
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                (plain if norm or name.endswith("bias") else decayed).append(parameter)
+                (plain if norm or name.endswith("bias") or name == "scores" else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

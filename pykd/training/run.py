@@ -20,6 +20,7 @@ from pykd.training.engine import engine_for
 from pykd.training.history import History
 from pykd.training.labels import counted
 from pykd.training.optimizer import adamw, parameter_groups
+from pykd.training.pruner import Pruner
 from pykd.training.source import Batch, Loader, Part, Source, batch_to_float
 from pykd.training.state import model_tensors, optimizer_tensors, part, restore_model, restore_optimizer
 from pykd.training.store import State, Store
@@ -47,8 +48,9 @@ class Run:
         settings: dict[str, Any],
         checkpoint_dir: str | Path | None,
         modules: Mapping[str, nn.Module] | None = None,
+        prune: Pruner | None = None,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self.prune = model, config, prune
         self.engine = engine_for(config, next(model.parameters()).device)
         self.source = Source(
             data,
@@ -60,6 +62,8 @@ class Run:
             group_by_length=config.group_by_length,
         )
         self.owned = self.engine.own(model)
+        if prune is not None and self.owned is not model:
+            raise ValueError("prune needs whole weights in every process: run under DDP, not FSDP2")
         self.modules = {name: module.to(self.engine.device) for name, module in (modules or {}).items()}
         self.optimizer = adamw(self.owned, lr=config.lr, weight_decay=config.weight_decay)
         self.called = self.engine.prepare(self.owned, self.optimizer)
@@ -86,6 +90,7 @@ class Run:
         began = time.perf_counter()
         number = self.history.steps
         config, engine = self.config, self.engine
+        pruned = self.prune.step(self.owned, number, self.history.total_steps) if self.prune is not None else {}
         rate = learning_rate(number, self.history.total_steps, peak=config.lr, warmup_ratio=config.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * self.lr_scale
@@ -102,7 +107,7 @@ class Run:
         self._require_finite({"loss": found["loss"], "grad_norm": norm}, number)
         engine.update(self.optimizer)
         record = {"step": float(number + 1), "epoch": (number + 1) / self.source.steps_per_epoch}
-        self.history.records.append(record | {"lr": rate * self.lr_scale, "grad_norm": norm} | found)
+        self.history.records.append(record | {"lr": rate * self.lr_scale, "grad_norm": norm} | found | pruned)
         self.history.seconds += time.perf_counter() - began
 
     def checkpoint_if_due(self) -> None:

@@ -1,4 +1,7 @@
-"""A small training run, with dropout, in a process of its own: `killed.py DIR STEPS_BEFORE_DEATH RESUME`."""
+"""A small training run, with dropout, in a process of its own: `killed.py DIR STEPS_BEFORE_DEATH RESUME [METHOD]`.
+
+METHOD: prune gradually by it meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pykd.data.bundle import DataBundle, stack
+from pykd.pruning import Gradual
 from pykd.training import TrainConfig, fit
 
 CONFIG = TrainConfig(epochs=3, batch_size=8, lr=1e-2, seed=3, checkpoint_steps=2)
@@ -38,7 +42,9 @@ def digest(model: nn.Module) -> str:
     return state.hexdigest()
 
 
-def train(directory: Path | None, *, die_at: int = -1, resume: bool = False, how: int = signal.SIGKILL) -> str:
+def train(
+    directory: Path | None, *, die_at: int = -1, resume: bool = False, how: int = signal.SIGKILL, method: str = ""
+) -> str:
     """Digest of the trained weights; the process gets the signal ``how`` in the middle of step ``die_at`` (from 0)."""
     model = network()
     done = 0
@@ -50,10 +56,13 @@ def train(directory: Path | None, *, die_at: int = -1, resume: bool = False, how
         done += 1
         return nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"]), {}
 
-    fit(model, bundle(), loss_fn, CONFIG, checkpoint_dir=directory, resume=resume, progress=False)
+    prune = Gradual(method, sparsity=0.6, every=2, scope="layer", include=["0", "4"]) if method else None
+    fit(model, bundle(), loss_fn, CONFIG, checkpoint_dir=directory, resume=resume, progress=False, prune=prune)
     return digest(model)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(train(Path(sys.argv[1]), die_at=int(sys.argv[2]), resume=sys.argv[3] == "resume"))
+    print(
+        train(Path(sys.argv[1]), die_at=int(sys.argv[2]), resume=sys.argv[3] == "resume", method="".join(sys.argv[4:]))
+    )

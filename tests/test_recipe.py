@@ -118,6 +118,11 @@ def test_the_hash_is_of_what_is_computed() -> None:
             "gtpq",
             r"stages\[2\]\.quantize\.method: unknown method 'gtpq': did you mean 'gptq'",
         ),
+        (
+            "stages/2/quantize",
+            {"scheme": "mixed"},
+            r"stages\[2\]\.quantize: scheme 'mixed' and its budget `bits` go together, got 'mixed' and None",
+        ),
         ("stages/2/quantize/samples", 0, r"stages\[2\]\.quantize\.samples: input should be greater than or equal to 1"),
         (
             "stages/2/quantize",
@@ -170,6 +175,7 @@ def test_quantized_weights_cannot_be_trained_on() -> None:
     content = {**GOOD, "stages": [{"qat": {}}, {"recover": {}}]}
     with pytest.raises(RecipeError, match=r"stages\[1\]\.recover comes after stages\[0\]\.qat, .* move qat to the end"):
         load_recipe(content)
+    assert load_recipe({**GOOD, "stages": [{"qat": {"scheme": scheme}} for scheme in ("bf16", "w8a16", "w4a16")]})
     assert load_recipe({**GOOD, "stages": [{"qat": {"scheme": "nf4"}}, {"quantize": {"embeddings": "w8a16"}}]}).stages
 
 

@@ -17,11 +17,13 @@ from typing_extensions import Self
 
 from pykd.nn.codecs.eight_bit import dequantize_8bit, quantize_8bit
 from pykd.nn.codecs.four_bit import FourBit, from_levels, nearest_levels, quantize_4bit
+from pykd.nn.codecs.sixteen_bit import SCHEMES_16BIT, round_16bit
 from pykd.nn.compressed import CompressedModule
-from pykd.nn.conv import Conv2d4bit, Conv2d8bit
+from pykd.nn.conv import Conv2d4bit, Conv2d8bit, Conv2d16bit
 from pykd.nn.conv_fields import FIELDS, is_pointwise
 from pykd.nn.linear_4bit import ROUNDING_4BIT, Linear4bit, code_of
 from pykd.nn.linear_8bit import Linear8bit
+from pykd.nn.linear_16bit import Linear16bit
 from pykd.ops.int4_r16 import groups_of, unpack_nibbles
 from pykd.ops.linear_4bit_reference import quantize_groups
 from pykd.ops.linear_8bit import SCHEMES_8BIT
@@ -88,7 +90,7 @@ class FakeQuantized(nn.Module, abc.ABC):
         self.scheme, self.symmetric = scheme, symmetric
         self.group_size = self.weight[0].numel() if group_size is None else group_size
         self.search_every, self.passes = search_every, 0
-        self.code = None if scheme in SCHEMES_8BIT else code_of(scheme, symmetric=symmetric)
+        self.code = None if scheme in SCHEMES_8BIT or scheme in SCHEMES_16BIT else code_of(scheme, symmetric=symmetric)
         self.register_buffer("kept", kept)
         self.register_buffer("zeros", None)
         if self.code is not None:
@@ -120,7 +122,9 @@ class FakeQuantized(nn.Module, abc.ABC):
     @torch.no_grad()
     def rounded(self) -> Tensor:
         """The weight that the packed layer dequantizes to, bit for bit, in the weight's shape and dtype."""
-        if self.code is None:
+        if self.scheme in SCHEMES_16BIT:
+            dense = round_16bit(self._matrix(), self.scheme)
+        elif self.code is None:
             dense = dequantize_8bit(quantize_8bit(self._matrix()))
         else:
             dense = self._levels() * self._spread(self.scales)
@@ -204,8 +208,10 @@ class QATLinear(FakeQuantized, nn.Linear):
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         return layer._prepare(linear, scheme, group_size, symmetric, search_every, kept)
 
-    def convert(self) -> Linear4bit | Linear8bit:
+    def convert(self) -> Linear4bit | Linear8bit | Linear16bit:
         """The packed layer: the same codes, the same bias."""
+        if self.scheme in SCHEMES_16BIT:
+            return Linear16bit.from_linear(self._pruned(), scheme=self.scheme)
         if self.code is None:
             return Linear8bit.from_linear(self._pruned(), scheme=self.scheme)
         options: dict[str, Any] = {"group_size": self.group_size, "symmetric": self.symmetric}
@@ -238,8 +244,10 @@ class QATConv2d(FakeQuantized, nn.Conv2d):
         layer = cls(**fields, bias=conv.bias is not None, device="meta")
         return layer._prepare(conv, scheme, group_size, symmetric, search_every, kept)
 
-    def convert(self) -> Conv2d4bit | Conv2d8bit:
+    def convert(self) -> Conv2d4bit | Conv2d8bit | Conv2d16bit:
         """The packed layer: the same codes, the same bias."""
+        if self.scheme in SCHEMES_16BIT:
+            return Conv2d16bit.from_conv2d(self._pruned(), scheme=self.scheme)
         if self.code is None:
             return Conv2d8bit.from_conv2d(self._pruned(), scheme=self.scheme)
         options: dict[str, Any] = {"group_size": self.group_size, "symmetric": self.symmetric}

@@ -15,9 +15,9 @@ from pykd.distillation import distill, distill_chain
 from pykd.distillation.chain import INDEX as CHAIN_INDEX
 from pykd.pipeline.sources import build_model, make_student
 from pykd.pruning import prune
-from pykd.quantization import convert_qat, prepare_qat, quantize
+from pykd.quantization import assign_bits, convert_qat, prepare_qat, quantize
 from pykd.recipe.guarded import Guarded
-from pykd.recipe.schema import Chain, Distill, Prune, Qat, Quantize, Recipe, Stage
+from pykd.recipe.schema import MIXED, Chain, Distill, Prune, Qat, Quantize, Recipe, Stage
 from pykd.recipe.train import Train
 from pykd.training.checkpoint import has_checkpoint
 from pykd.training.guarded import Change, guarded_change
@@ -155,9 +155,22 @@ def _guarded(settings: Guarded | None, model: nn.Module, change: Change, context
 
 
 def _quantized(settings: Quantize, model: nn.Module, context: Context, exclude: Sequence[str]) -> nn.Module:
+    scheme: Any = settings.scheme
+    if scheme == MIXED:
+        scheme = assign_bits(
+            model,
+            context.data,
+            candidates=settings.candidates,
+            bits=settings.bits,
+            seed=context.recipe.seed,
+            group_size=settings.group_size,
+            symmetric=settings.symmetric,
+            include=settings.include,
+            exclude=[*(settings.exclude or ()), *exclude] or None,
+        )
     return quantize(
         model,
-        scheme=settings.scheme,
+        scheme=scheme,
         method=settings.method,
         group_size=settings.group_size,
         symmetric=settings.symmetric,

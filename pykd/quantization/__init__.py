@@ -9,6 +9,7 @@ from pykd.quantization.observers import OBSERVERS, check_observer
 from pykd.quantization.qat import QAT_SCHEMES, check_qat, convert_qat, prepare_qat
 from pykd.quantization.quantize import quantize
 from pykd.quantization.schemes import SCHEMES
+from pykd.quantization.sensitivity import Assignment, assign_bits, check_candidates
 
 __all__ = [
     "EMBEDDING_SCHEMES",
@@ -16,7 +17,10 @@ __all__ = [
     "OBSERVERS",
     "QAT_SCHEMES",
     "SCHEMES",
+    "Assignment",
     "Inputs",
+    "assign_bits",
+    "check_candidates",
     "check_embeddings",
     "check_method",
     "check_observer",

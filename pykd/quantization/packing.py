@@ -12,7 +12,7 @@ from pykd.nn import CompressedModule
 from pykd.nn.codecs.sixteen_bit import SCHEMES_16BIT
 from pykd.nn.linear_4bit import SCHEMES_4BIT, code_of, is_4bit
 from pykd.nn.linear_8bit import STATIC
-from pykd.nn.selection import matches
+from pykd.nn.selection import as_linear, matches
 from pykd.quantization.methods import METHODS, Choose, Method
 from pykd.quantization.observers import Observer, observed
 from pykd.quantization.schemes import Scheme, eight_bit, four_bit, sixteen_bit
@@ -89,6 +89,16 @@ def first(schemes: Mapping[str, str], name: str) -> str | None:
 def size_of(layer: nn.Module, group_size: int | None) -> int:
     """None is the whole row of the weight matrix."""
     return cast(Tensor, layer.weight)[0].numel() if group_size is None else group_size
+
+
+def as_dense(layer: nn.Module) -> Any:
+    """The ordinary linear layer or convolution that a layer computes like."""
+    return layer.to_dense() if isinstance(layer, CompressedModule) else as_linear(layer)
+
+
+def stored_bytes(layer: nn.Module) -> int:
+    """Bytes of a layer's tensors in a saved file."""
+    return sum(tensor.nbytes for tensor in layer.state_dict().values())
 
 
 def _four_bit(scheme: str, choose: Choose, options: Options) -> Pack:

@@ -9,20 +9,34 @@ import torch
 from torch import nn
 
 from pykd.errors import nearest
-from pykd.nn import SparseConv2d, SparseLinear
+from pykd.nn import (
+    Conv2d4bit,
+    Conv2d8bit,
+    Conv2d16bit,
+    Linear4bit,
+    Linear8bit,
+    Linear16bit,
+    SparseConv2d,
+    SparseLinear,
+)
+from pykd.nn.codecs.sixteen_bit import SCHEMES_16BIT
 from pykd.nn.fake_quantized import FakeQuantized, QATConv2d, QATLinear
 from pykd.nn.linear_4bit import SCHEMES_4BIT, is_4bit
 from pykd.nn.selection import CONVOLUTION, LINEAR, replace_layer, select_layers
 from pykd.ops.int4_r16 import CODEBOOK
 from pykd.ops.linear_8bit import SCHEMES_8BIT
 from pykd.quantization.methods import check_group_size, check_method
-from pykd.quantization.quantize import LEAST_SAVING_BYTES, stored_bytes
+from pykd.quantization.packing import stored_bytes
+from pykd.quantization.quantize import LEAST_SAVING_BYTES
 from pykd.training.record import add_record, recorded_change, require_finite_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
 #: Schemes whose packed arithmetic the trainable layers follow.
-QAT_SCHEMES: tuple[str, ...] = (*SCHEMES_4BIT, *SCHEMES_8BIT)
+QAT_SCHEMES: tuple[str, ...] = (*SCHEMES_4BIT, *SCHEMES_8BIT, *SCHEMES_16BIT)
+
+#: Packed layers that are unpacked to be trained in fewer bits.
+PACKED = (Linear4bit, Linear8bit, Linear16bit, Conv2d4bit, Conv2d8bit, Conv2d16bit)
 
 
 def check_qat(scheme: object, *, group_size: int | None = 64, symmetric: bool = True) -> None:
@@ -51,7 +65,8 @@ def prepare_qat(
     The Linear and Conv2d layers compute with rounded weights, in w8a8 and w4a8 with rounded activations too, as the
     packed layers will; the parameters stay dense and gradients pass the rounding. Train with `finetune`, `distill` or
     a loop of your own, with checkpoints as ever, then call `convert_qat`: the packed layers hold bit for bit the
-    weights that the prepared ones compute with. Embeddings: `quantize(embeddings=...)`, before or after.
+    weights that the prepared ones compute with. Embeddings: `quantize(embeddings=...)`, before or after. Layers that
+    are packed already, in more bits, are unpacked and trained on in fewer, as `quantize_progressively` does.
 
     Args:
         scheme: as for `quantize`, by name.
@@ -74,7 +89,7 @@ def prepare_qat(
     if isinstance(search_every, bool) or not isinstance(search_every, int) or search_every < 1:
         raise ValueError(f"search_every is a number of forward passes, at least 1, got {search_every!r}")
     require_finite_weights(model, "model")
-    selection = select_layers(model, (*LINEAR, *CONVOLUTION), include=include, exclude=exclude)
+    selection = select_layers(model, (*LINEAR, *CONVOLUTION, *PACKED), include=include, exclude=exclude)
     options: dict[str, Any] = {"scheme": scheme, "group_size": group_size, "symmetric": symmetric}
     chosen, skipped = list(selection.chosen), dict(selection.skipped)
     del selection
@@ -119,6 +134,10 @@ def _prepared(layer: nn.Module, options: dict[str, Any]) -> QATLinear | QATConv2
     if isinstance(layer, (SparseLinear, SparseConv2d)):
         dense = layer.to_dense()
         kept = layer.mask.view(dense.weight.shape)
+        layer = dense.train(layer.training)
+    elif isinstance(layer, PACKED):
+        dense = layer.to_linear() if isinstance(layer, (Linear4bit, Linear8bit, Linear16bit)) else layer.to_conv2d()
+        kept = None if layer.nnz is None else dense.weight.detach() != 0  # pruned before it was packed
         layer = dense.train(layer.training)
     if isinstance(layer, nn.Conv2d):
         return QATConv2d.from_conv2d(layer, kept=kept, **options)

@@ -11,14 +11,24 @@ from torch import nn
 from pykd.calibration import Batch, Data, calibrate, calibration_batches
 from pykd.calibration.inputs import Inputs
 from pykd.errors import DataError
-from pykd.nn import CompressedModule
 from pykd.nn.linear_4bit import is_4bit
 from pykd.nn.linear_8bit import STATIC
-from pykd.nn.selection import CONVOLUTION, EMBEDDING, LINEAR, layers_of, replace_layer, select_layers
+from pykd.nn.selection import CONVOLUTION, EMBEDDING, LINEAR, layers_of, replace_layer, select_layers, transposed
 from pykd.quantization.embeddings import check_embeddings, quantize_embeddings
 from pykd.quantization.methods import Choose, check_group_size, check_method
 from pykd.quantization.observers import Observer, check_observer
-from pykd.quantization.packing import Options, Pack, Packer, Schemes, packers, schemes_of, uses_static
+from pykd.quantization.packing import (
+    Options,
+    Pack,
+    Packer,
+    Schemes,
+    as_dense,
+    packers,
+    schemes_of,
+    stored_bytes,
+    uses_static,
+)
+from pykd.quantization.sensitivity import Assignment
 from pykd.training.record import recorded_change, require_finite_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -104,7 +114,7 @@ def quantize(
             )
         batches = calibration_batches(data, samples=samples, batch_size=batch_size, seed=seed)
     require_finite_weights(model, "model")
-    kinds = (*LINEAR, *CONVOLUTION, *(EMBEDDING if embeddings is not None else ()))
+    kinds = (*LINEAR, *transposed(), *CONVOLUTION, *(EMBEDDING if embeddings is not None else ()))
     named = include
     if include is None and isinstance(scheme, Mapping):
         named = [*scheme, *(layers_of(model, EMBEDDING) if embeddings is not None else ())]
@@ -141,6 +151,8 @@ def quantize(
             changed, left = {**changed, **packed}, {**left, **unpacked}
         skipped = {name: reason for name, reason in {**skipped, **left}.items() if name not in changed}
         facts.update(changed=changed, skipped=skipped)
+        if isinstance(scheme, Assignment):
+            facts["assignment"] = scheme.record()
     return model
 
 
@@ -187,14 +199,9 @@ def _quantize_layer(model: nn.Module, name: str, pack: Pack, inputs: Inputs | No
     """Replace one layer; what it saves, or why it was left."""
     layer = model.get_submodule(name)
     before = stored_bytes(layer)
-    packed = pack(layer.to_dense() if isinstance(layer, CompressedModule) else layer, inputs)
+    packed = pack(as_dense(layer), inputs)
     after = stored_bytes(packed)
     if before - after < LEAST_SAVING_BYTES:
         return f"would be stored in {after} instead of {before} bytes: no gain"
     replace_layer(model, layer, packed)
     return {"type": type(packed).__name__, "bytes_before": before, "bytes_after": after}
-
-
-def stored_bytes(layer: nn.Module) -> int:
-    """Bytes of a layer's tensors in a saved file."""
-    return sum(tensor.nbytes for tensor in layer.state_dict().values())

@@ -10,13 +10,16 @@ from pykd.distillation.methods import resolve
 from pykd.distillation.quantized import SCHEMES as TEACHER_SCHEMES
 from pykd.errors import nearest
 from pykd.pruning import check_prune
-from pykd.quantization import check_embeddings, check_method, check_observer, check_qat
+from pykd.quantization import check_candidates, check_embeddings, check_method, check_observer, check_qat
 from pykd.recipe.data_kinds import Data
 from pykd.recipe.gradual import GradualPruning
 from pykd.recipe.guarded import Guarded
 from pykd.recipe.models import FurtherTeacher, Student, Teacher
 from pykd.recipe.section import PatternText, Section
 from pykd.recipe.train import Train
+
+#: The scheme of a recipe that chooses one for every layer.
+MIXED = "mixed"
 
 
 class Distill(Train):
@@ -117,7 +120,13 @@ class Quantize(Section):
 
     guard: Guarded | None = Field(None, description="undo what costs too much quality; {} for the defaults")
 
-    scheme: str | dict[str, str] = Field("w4a16", description="one for all layers, or {name pattern: scheme}")
+    scheme: str | dict[str, str] = Field(
+        "w4a16",
+        description="one for all layers, or {name pattern: scheme}; mixed: one of `candidates` for each layer, by what "
+        "it is measured to cost the output, within `bits`",
+    )
+    bits: float | None = Field(None, gt=0, description="mixed: bits per weight, scales counted")
+    candidates: list[str] = Field(["w4a16", "w8a16"], min_length=1, description="mixed: schemes to choose from")
     method: str = Field("rtn", description="how 4-bit codes are chosen: rtn, hqq, gptq or awq")
     group_size: int | None = Field(
         64, description="weights that share one scale, none: all of an output; not in 8 bits"
@@ -135,8 +144,15 @@ class Quantize(Section):
     @field_validator("scheme")
     @classmethod
     def _known_scheme(cls, scheme: str | dict[str, str]) -> str | dict[str, str]:
-        check_method(scheme, "rtn")
+        if scheme != MIXED:
+            check_method(scheme, "rtn")
         return scheme
+
+    @field_validator("candidates")
+    @classmethod
+    def _known_candidates(cls, candidates: list[str]) -> list[str]:
+        check_candidates(candidates)
+        return candidates
 
     @field_validator("observer")
     @classmethod
@@ -158,12 +174,18 @@ class Quantize(Section):
 
     @model_validator(mode="after")
     def _fit(self) -> Quantize:
-        check_method(self.scheme, self.method, symmetric=self.symmetric)
+        if (self.scheme == MIXED) != (self.bits is not None):
+            raise ValueError(f"scheme 'mixed' and its budget `bits` go together, got {self.scheme!r} and {self.bits}")
+        if self.scheme != MIXED:
+            check_method(self.scheme, self.method, symmetric=self.symmetric)
         return self
 
 
 class Qat(Recover):
-    """Train with the teacher while weights are rounded (quantization-aware training), then pack them."""
+    """Train with the teacher while weights are rounded (quantization-aware training), then pack them.
+
+    Several after one another, in fewer and fewer bits, are progressive quantization.
+    """
 
     lr: float = 1e-4
     scheme: str = "w4a16"
@@ -262,7 +284,7 @@ class Recipe(Section):
                 raise ValueError(f"stages[{index}].distill needs a student: add one, or use recover to fine-tune")
             if stage.kind == "chain" and (index or self.student is not None):
                 raise ValueError(f"stages[{index}].chain makes its own students: put it first and leave `student` out")
-            if packed is not None and stage.kind != "quantize":
+            if packed is not None and stage.kind not in ("quantize", "qat"):
                 earlier = self.stages[packed].kind
                 raise ValueError(
                     f"stages[{index}].{stage.kind} comes after stages[{packed}].{earlier}, whose packed weights no "

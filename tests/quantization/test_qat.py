@@ -16,8 +16,9 @@ from pykd.data.bundle import DataBundle, stack
 from pykd.distillation import distill
 from pykd.errors import ArtifactError
 from pykd.models.torchvision import load_torchvision
-from pykd.nn import CompressedModule, QATLinear
+from pykd.nn import CompressedModule, Linear4bit, QATLinear
 from pykd.nn.fake_quantized import FakeQuantized
+from pykd.pipeline.progressive import quantize_progressively
 from pykd.pipeline.stages import Context, apply_stage
 from pykd.pruning import prune
 from pykd.quantization import QAT_SCHEMES, convert_qat, prepare_qat, quantize
@@ -185,3 +186,50 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     assert type(small[0]) is nn.Linear and "no gain" in small.pykd_report[0]["skipped"]["0"]
     with pytest.raises(ArtifactError, match="is a QATLinear, where the model's configuration has Linear"):
         save_pretrained(prepare_qat(bert()), tmp_path / "model")
+
+
+def test_a_packed_model_trains_on_in_fewer_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruned weights stay zero through 16, 8 and 4 bits; each step starts from the numbers of the one before."""
+    monkeypatch.setattr("pykd.quantization.qat.LEAST_SAVING_BYTES", 1)  # these layers are tiny
+    model = prune(bert(), sparsity=0.6)
+    zero = {name: m.weight == 0 for name, m in model.named_modules() if isinstance(m, CompressedModule)}
+    for scheme in ("bf16", "w8a8", "w4a16"):
+        before = weights(model)
+        prepare_qat(model, scheme, group_size=16)
+        inside = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantized)}
+        assert len(inside) == 7 and {module.scheme for module in inside.values()} == {scheme}
+        assert all(torch.equal(inside[name].weight, before[name]) for name in set(inside) & set(before))
+        finetune(model, texts(), epochs=1, lr=3e-3, batch_size=12, progress=False)
+        convert_qat(model)
+    found = weights(model)
+    assert all(bool((found[name][mask] == 0).all()) for name, mask in zero.items())
+    packed = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert packed == set(inside)
+    prepare_qat(model, "w8a16", group_size=16)  # more bytes than now: nothing to gain
+    assert "no gain" in model.pykd_report[-1]["skipped"]["bert.encoder.layer.0.output.dense"]
+
+
+def test_progressively_is_one_call(tmp_path: Path) -> None:
+    teacher = bert()
+    finetune(teacher, texts(), epochs=2, lr=3e-3, batch_size=12, progress=False)
+    options: dict[str, Any] = {"epochs": 1, "lr": 1e-3, "batch_size": 12, "progress": False, "group_size": 16}
+    student = quantize_progressively(copy.deepcopy(teacher), teacher, texts(), **options)
+    stages = [(entry["stage"], entry["parameters"].get("scheme")) for entry in student.pykd_report[1:]]
+    steps = [("prepare_qat", None), ("distill", None), ("quantize", None)]
+    assert [stage for stage, _ in stages] == [stage for stage, _ in steps] * 3
+    assert [scheme for stage, scheme in stages if stage == "quantize"] == ["bf16", "w8a16", "w4a16"]
+    want = forward(student)
+    save_pretrained(student, tmp_path / "model")
+    assert torch.equal(forward(from_pretrained(tmp_path / "model")), want)
+    with pytest.raises(ValueError, match="schemes names no step: give schemes of fewer and fewer bits"):
+        quantize_progressively(student, teacher, texts(), [])
+
+
+def test_structured_pruning_and_training_in_few_bits() -> None:
+    teacher = bert()
+    for method in ("heads", "neurons"):
+        model = prune(copy.deepcopy(teacher), method, sparsity=0.5)
+        prepare_qat(model, "w8a8")
+        distill(model, teacher, texts(), epochs=1, lr=1e-3, batch_size=12, progress=False)
+        before = forward(model)
+        torch.testing.assert_close(forward(convert_qat(model)), before, rtol=2e-2, atol=2e-2)

@@ -98,6 +98,34 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    models: Annotated[list[Path], typer.Argument(help="saved models; the first is what the others are compared with")],
+    recipe: Recipe = None,
+    settings: Set = None,
+    output: Annotated[Path | None, typer.Option(help="folder for report.html, report.json and report.md")] = None,
+    explain: Annotated[
+        int, typer.Option(min=0, help="compare the attributions of so many examples (integrated gradients)")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    latency_rounds: Annotated[int, typer.Option(min=1, help="timed calls at batch 1")] = 50,
+    speed_rounds: Annotated[int, typer.Option(min=1, help="alternating rounds, for the ratios")] = 20,
+    batch_sizes: Annotated[list[int] | None, typer.Option("--rows", help="further batch sizes to time")] = None,
+    lengths: Annotated[list[int] | None, typer.Option("--tokens", help="further lengths to time")] = None,
+) -> None:
+    """Measure saved models on the same held-out data, beside each other: ratios, intervals, paired tests, behaviour."""
+    from pykd.pipeline import compare_saved
+
+    options: dict[str, Any] = {"batch_size": batch_size, "latency_rounds": latency_rounds, "speed_rounds": speed_rounds}
+    options |= {"batch_sizes": batch_sizes or (), "lengths": lengths or (), "explain": explain, "output": output}
+    found, explained = compare_saved(models, recipe=recipe, overrides=settings or (), **options)
+    typer.echo(found.text(width=_columns()) + "\n\n" + found.behaviour_text(width=_columns()))
+    for name, similar in explained.items():
+        typer.echo(f"{name}: {similar.sentence()}")
+    if output is not None:
+        typer.echo(f"report: {output / 'report.html'}")
+
+
+@app.command()
 def prune(
     model: ModelDir,
     output: OutputDir,

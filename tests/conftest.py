@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores; before torch reads it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,6 +48,30 @@ def _forgets_compiled_code() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+#: Name of a tokenizer's special token -> what it is.
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+           "mask_token": "[MASK]", "eos_token": "[EOS]"}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Callable[..., Any]:
+    """word_tokenizer(texts, framed=False): a fast tokenizer of their words; framed adds [CLS] and [SEP] to a text."""
+
+    def make(texts: Iterable[str], framed: bool = False) -> Any:
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=list(SPECIAL.values())))
+        if framed:
+            ends = [(name, words.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+            words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+        return PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL)
+
+    return make
 
 
 @pytest.fixture

@@ -76,9 +76,27 @@ def success(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return captured.out
 
 
+def test_compare_puts_models_beside_the_first(
+    saved: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small"
+    success(capsys, "quantize", saved, small, "--group-size", 32)
+    report = tmp_path / "report"
+    fast = ("--latency-rounds", 2, "--speed-rounds", 2)
+    out = success(capsys, "compare", saved, small, *fast, "--explain", 2, "--rows", 2, "--output", report)
+    assert "small: integrated gradients of 2 examples: cosine 0.9" in out and "lost / won" in out
+    found = json.loads((report / "report.json").read_text())
+    assert found["comparison"]["baseline"] == "vit" and list(found["comparison"]["behaviours"]) == ["small"]
+    assert [speed["batch_size"] for speed in found["reports"][1]["speeds"]] == [2]
+    assert "vit" in found["reports"][1]["speedup_over"] and "cosine" in found["remarks"][-1]
+    again = success(capsys, "compare", small, tmp_path / ".." / tmp_path.name / "small", *fast)
+    assert again.count(str(small)) >= 1, "folders of the same name are told apart by their paths"
+    assert "needs at least two saved models, got 1" in failure(capsys, "compare", saved)
+
+
 def test_help_lists_the_commands_and_python_m_pykd_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "pykd", "--help"], capture_output=True, text=True, check=True)
-    for command in ("run", "evaluate", "prune", "quantize", "verify", "info"):
+    for command in ("run", "evaluate", "compare", "prune", "quantize", "verify", "info"):
         assert f"  {command} " in done.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from pykd.pipeline.stages import Context, apply_stage
 from pykd.recipe import Recipe, load_recipe
 
 NOUNS = ("game", "font", "library", "editor", "driver", "parser")
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
-           "mask_token": "[MASK]", "eos_token": "[EOS]"}  # fmt: skip
 BODY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -30,11 +29,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Callable[..., Any]) -> Path:
     """Rows for every kind of data, older rows, and a tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     path = tmp_path_factory.mktemp("sources")
     for name, first in (("rows", 0), ("older", 100)):
         rows = []
@@ -44,11 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows.append({"text": text, "label": NOUNS[i % 2], "tokens": text.split(), "tags": tags, "source": text,
                          "target": NOUNS[i % 6]})  # fmt: skip
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(["the is number 0 1 2 3 4 5 6 7 8 9", " ".join(NOUNS)],
-                              trainers.WordLevelTrainer(special_tokens=list(SPECIAL.values())))  # fmt: skip
-    PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL).save_pretrained(path / "tokenizer")
+    words = ["the is number 0 1 2 3 4 5 6 7 8 9", " ".join(NOUNS)]
+    word_tokenizer(words).save_pretrained(path / "tokenizer")
     return path
 
 

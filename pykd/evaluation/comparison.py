@@ -58,6 +58,11 @@ class Comparison:
         blocks = ["\n".join(_aligned(block)) for block in _blocks(self.cells(), width)]
         return "\n\n".join([*blocks, *(["\n".join(self.remarks)] if self.remarks else [])])
 
+    def behaviour_text(self, *, width: int | None = None) -> str:
+        """The answers beside the baseline's in aligned columns, as :meth:`text`; empty for one model."""
+        cells = self.behaviour_cells()
+        return "\n\n".join("\n".join(_aligned(block)) for block in _blocks(cells, width)) if cells else ""
+
     def markdown(self) -> str:
         """The table and the remarks in Markdown."""
         tables = [_markdown(cells) for cells in (self.cells(), self.behaviour_cells()) if cells]

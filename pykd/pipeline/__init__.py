@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from pykd.pipeline.chain import run, run_chain
+from pykd.pipeline.compare import compare_saved
 from pykd.pipeline.result import Run
 from pykd.pipeline.saved import evaluate_saved, prune_saved, quantize_saved, verify_saved
 
-__all__ = ["Run", "evaluate_saved", "prune_saved", "quantize_saved", "run", "run_chain", "verify_saved"]
+__all__ = [
+    "Run",
+    "compare_saved",
+    "evaluate_saved",
+    "prune_saved",
+    "quantize_saved",
+    "run",
+    "run_chain",
+    "verify_saved",
+]

@@ -53,7 +53,7 @@ def evaluate_saved(
     """
     folder = Path(path)
     model = load_saved(folder)
-    data = _data_of(folder, recipe, overrides)
+    data = data_of(folder, recipe, overrides)
     return evaluate(model, data, name=folder.name, batch_size=batch_size, latency_rounds=latency_rounds, path=folder)
 
 
@@ -79,7 +79,7 @@ def prune_saved(
 
     def verb(model: nn.Module) -> None:
         looks = looks_at_data(method, options.get("importance"))
-        data = _data_of(Path(path), recipe, overrides) if looks else None
+        data = data_of(Path(path), recipe, overrides) if looks else None
         given = {"samples": samples, "include": include, "exclude": exclude, **options}
         prune(model, method, sparsity, data=data, example=example_of(model, Path(path)), **given)
 
@@ -105,7 +105,7 @@ def quantize_saved(
     calibrated = METHODS[method].calibrated or options.get("scheme") == STATIC
 
     def verb(model: nn.Module) -> None:
-        data = _data_of(Path(path), recipe, overrides) if calibrated else None
+        data = data_of(Path(path), recipe, overrides) if calibrated else None
         quantize(model, method=method, data=data, **options)
 
     return _rewrite(Path(path), Path(output), verb)
@@ -165,7 +165,7 @@ def _rewrite(path: Path, output: Path, verb: Callable[[nn.Module], None]) -> dic
     }
 
 
-def _data_of(folder: Path, recipe: RecipeLike | None, overrides: Sequence[str]) -> DataBundle:
+def data_of(folder: Path, recipe: RecipeLike | None, overrides: Sequence[str]) -> DataBundle:
     """The data of ``recipe``, or of the recipe that made the model, read by the tokenizer saved with it."""
     recipe = _provenance(folder).get("recipe") if recipe is None else recipe
     if recipe is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ from pykd.data import DataBundle, load_language, load_pairs, load_text, load_tok
 
 NOUNS = ("game", "font", "library", "editor", "driver", "parser")
 KINDS = ("thing", "tool", "module", "set", "kit")
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
-           "mask_token": "[MASK]", "eos_token": "[EOS]"}  # fmt: skip
 
 
 def rows() -> list[dict[str, Any]]:
@@ -28,15 +27,8 @@ def rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    texts = [row[name] for row in rows() for name in ("source", "target")]
-    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=list(SPECIAL.values())))
-    return PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL)
+def tokenizer(word_tokenizer: Callable[..., Any]) -> Any:
+    return word_tokenizer([row[name] for row in rows() for name in ("source", "target")])
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from pykd.evaluation.score import quality_score
 from pykd.evaluation.validation import validator
 from pykd.models.huggingface import load_huggingface
 
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]", "eos_token": "[EOS]",
-           "cls_token": "[CLS]", "sep_token": "[SEP]"}  # fmt: skip
 BERT = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 16}  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
@@ -32,14 +31,8 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(["a b c d e f g h"], trainers.WordLevelTrainer(special_tokens=list(SPECIAL.values())))
-    return PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL)
+def tokenizer(word_tokenizer: Callable[..., Any]) -> Any:
+    return word_tokenizer(["a b c d e f g h"])
 
 
 @pytest.fixture(scope="module")

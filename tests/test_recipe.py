@@ -273,7 +273,10 @@ def test_gradual_pruning_is_a_part_of_a_training() -> None:
     gradual = read.stages[0].distill.gradual.gradual(seed=3)
     assert (gradual.method, gradual.pattern, gradual.seed, gradual.end) == ("movement", "2:4", 3, 0.7)
     for setting, sentence in (
-        ("distill={gradual: {method: movment}}", r"unknown method of gradual pruning 'movment': did you mean 'movement'"),
+        (
+            "distill={gradual: {method: movment}}",
+            r"unknown method of gradual pruning 'movment': did you mean 'movement'",
+        ),
         ("distill={gradual: {sparsty: 0.5}}", r"unknown key 'sparsty': did you mean 'sparsity'"),
         ("distill={gradual: {}, guard: {}}", r"gradual does not go with guard, whose best model may be one of less"),
         ("qat={gradual: {}}", r"stages\[0\]\.qat does not prune meanwhile: put gradual under recover"),

@@ -42,7 +42,7 @@ def is_local(source: str | Path) -> bool:
 
 
 def read_table(source: str | Path) -> Table:
-    """Read a .csv, .tsv, .jsonl, .json (one object a line) or .parquet file, UTF-8.
+    """Read a .csv, .tsv, .jsonl, .json (one object a line), .parquet or .yaml (a list of mappings) file, UTF-8.
 
     Raises DataError for a file that is not there, is empty, has another ending, or holds a line that cannot be read.
     """
@@ -130,6 +130,21 @@ def _read_parquet(path: Path) -> Table:
     return Table(str(path), columns, lambda row: f"row {row + 1}")
 
 
+def _read_yaml(path: Path) -> Table:
+    try:
+        import yaml
+    except ImportError:
+        raise DataError(f"{path}: reading YAML needs pyyaml; `pip install 'pykd[recipes]'` brings it") from None
+    try:
+        rows = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: expected a list of mappings, as `- text: ...`, got {type(rows).__name__}")
+    names = list(dict.fromkeys(str(name) for row in rows for name in row))
+    return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, lambda row: f"entry {row + 1}")
+
+
 #: File ending -> reader.
 READERS: dict[str, Callable[[Path], Table]] = {
     ".csv": lambda path: _read_delimited(path, ","),
@@ -137,4 +152,6 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json_lines,
     ".parquet": _read_parquet,
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
 }

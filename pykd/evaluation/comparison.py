@@ -55,13 +55,12 @@ class Comparison:
 
         width: characters of a line; a wider table continues below itself, with the names repeated. None: no limit.
         """
-        blocks = ["\n".join(_aligned(block)) for block in _blocks(self.cells(), width)]
-        return "\n\n".join([*blocks, *(["\n".join(self.remarks)] if self.remarks else [])])
+        return "\n\n".join([table(self.cells(), width=width), *(["\n".join(self.remarks)] if self.remarks else [])])
 
     def behaviour_text(self, *, width: int | None = None) -> str:
         """The answers beside the baseline's in aligned columns, as :meth:`text`; empty for one model."""
         cells = self.behaviour_cells()
-        return "\n\n".join("\n".join(_aligned(block)) for block in _blocks(cells, width)) if cells else ""
+        return table(cells, width=width) if cells else ""
 
     def markdown(self) -> str:
         """The table and the remarks in Markdown."""
@@ -196,6 +195,11 @@ def _speed(now: Report, before: Report) -> tuple[float, bool]:
 
 def _count(number: int) -> str:
     return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number:,}"
+
+
+def table(cells: list[list[str]], *, width: int | None = None) -> str:
+    """Rows of strings, the first the headings, in aligned columns; wider than ``width`` it continues below itself."""
+    return "\n\n".join("\n".join(_aligned(block)) for block in _blocks(cells, width))
 
 
 def _blocks(rows: list[list[str]], width: int | None) -> list[list[list[str]]]:

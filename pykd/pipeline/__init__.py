@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pykd.pipeline.chain import run, run_chain
-from pykd.pipeline.compare import compare_saved
+from pykd.pipeline.compare import compare_saved, safety_saved
 from pykd.pipeline.result import Run
 from pykd.pipeline.saved import evaluate_saved, prune_saved, quantize_saved, verify_saved
 
@@ -15,5 +15,6 @@ __all__ = [
     "quantize_saved",
     "run",
     "run_chain",
+    "safety_saved",
     "verify_saved",
 ]

@@ -1,10 +1,13 @@
-"""Saved models beside each other on the same data, as `pykd compare` does."""
+"""Saved models as evidence: beside each other on the same data, and before safety benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pykd.data.safety import load_prompts
+from pykd.errors import DataError
 from pykd.evaluation import (
     Comparison,
     Explanations,
@@ -14,7 +17,8 @@ from pykd.evaluation import (
     interleaved_latency,
     write_report,
 )
-from pykd.pipeline.saved import data_of, load_saved
+from pykd.evaluation.safety import Safety, evaluate_safety
+from pykd.pipeline.saved import data_of, load_saved, tokenizer_of
 from pykd.recipe import RecipeLike
 
 
@@ -75,3 +79,38 @@ def compare_saved(
         remarks = [f"{name} beside {names[0]}: {similar.sentence()}." for name, similar in explained.items()]
         write_report(output, found, data, title=" and ".join(names), remarks=remarks)
     return found, explained
+
+
+def safety_saved(
+    path: str | Path,
+    benchmarks: Sequence[str],
+    *,
+    harmful_classes: Sequence[str] = ("1",),
+    threshold: float = 0.5,
+    limits: Mapping[str, float] | None = None,
+    **layout: Any,
+) -> Safety:
+    """Put a saved classifier of texts before safety benchmarks, each written as [PRESET=]FILE[:harmful|:harmless].
+
+    What follows the colon says that all prompts of the file are of that kind. layout: arguments of
+    :func:`pykd.data.safety.load_prompts` for files without a preset. Others as for evaluate_safety. Raises what those
+    raise, and DataError for a model that was saved without its tokenizer.
+    """
+    tokenizer = tokenizer_of(Path(path))
+    if tokenizer is None:
+        raise DataError(f"{path} holds no tokenizer; save one with the model, or copy its files into the folder")
+    prompts = []
+    for benchmark in benchmarks:
+        preset, given, source = benchmark.rpartition("=")
+        file, _, kind = source.rpartition(":")
+        always = {"harmful": True, "harmless": False}.get(kind) if file else None
+        chosen: dict[str, Any] = {"preset": preset} if given else dict(layout)
+        prompts.append(load_prompts(source if always is None else file, always=always, **chosen))
+    return evaluate_safety(
+        load_saved(path),
+        prompts,
+        tokenizer=tokenizer,
+        harmful_classes=harmful_classes,
+        threshold=threshold,
+        limits=limits,
+    )

@@ -155,7 +155,7 @@ def _rewrite(path: Path, output: Path, verb: Callable[[nn.Module], None]) -> dic
     before, _ = count_parameters(model)
     verb(model)
     provenance = {**_provenance(path), "made_from": str(path)}
-    save_pretrained(model, output, tokenizer=_tokenizer(path), provenance=provenance)
+    save_pretrained(model, output, tokenizer=tokenizer_of(path), provenance=provenance)
     after, nonzero = count_parameters(model)
     old, new = saved_bytes(path), saved_bytes(output)
     return {
@@ -178,7 +178,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
     return dict(read_manifest(folder).get("provenance", {})) if (folder / MANIFEST).exists() else {}
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").exists():
         return None
     from transformers import AutoTokenizer

@@ -8,6 +8,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/sparse_pack.h"
+#include "cpu/sparse_panels.h"
 
 namespace py = pybind11;
 
@@ -116,16 +117,35 @@ void bind_sparse(py::module_& m) {
   m.def("sparse_panels_scratch", &pykd::sparse_panels_scratch);
   m.def(
       "sparse_panels_bytes",
-      [](Address bitmask, int64_t in_features, int64_t out_features, int64_t tile) {
-        return pykd::sparse_panels_bytes(address<uint8_t>(bitmask), in_features, out_features, tile);
+      [](Address bitmask, int64_t in_features, int64_t out_features, int64_t tile, int packing) {
+        return pykd::sparse_panels_bytes(address<uint8_t>(bitmask), in_features, out_features, tile, packing);
       },
       release);
   m.def(
       "sparse_panels_pack",
       [](Address bitmask, Address values, Address offsets, int64_t in_features, int64_t out_features, int64_t tile,
-         Address pack) {
-        pykd::sparse_panels_pack(address<uint8_t>(bitmask), address<float>(values), address<int64_t>(offsets),
-                                 in_features, out_features, tile, address<uint8_t>(pack));
+         int packing, Address pack) {
+        pykd::sparse_panels_pack(address<uint8_t>(bitmask), address<void>(values), address<int64_t>(offsets),
+                                 in_features, out_features, tile, packing, address<uint8_t>(pack));
+      },
+      release);
+  m.def(
+      "sparse_codes_unpack",
+      [](Address pack, int64_t in_features, int64_t out_features, Address dense) {
+        pykd::sparse_pack_check(address<uint8_t>(pack), in_features, out_features, pykd::kCodes);
+        pykd::sparse_codes_unpack(address<uint8_t>(pack), address<int8_t>(dense));
+      },
+      release);
+  m.def("sparse_8bit_scratch", &pykd::sparse_8bit_scratch);
+  m.def(
+      "sparse_8bit",
+      [](Address x, int64_t x_stride, Address pack, Address scales, Address bias, Address y, Address scratch,
+         int64_t rows, int64_t in_features, int64_t out_features, int activation, int dtype, int bias_dtype,
+         int threads) {
+        pykd::sparse_pack_check(address<uint8_t>(pack), in_features, out_features, pykd::kCodes);
+        pykd::table().sparse_8bit({address<void>(x), x_stride, address<uint8_t>(pack), address<float>(scales),
+                                   address<void>(bias), address<void>(y), address<float>(scratch), rows, in_features,
+                                   out_features, activation, dtype, bias_dtype, threads});
       },
       release);
   const auto bind_transfer = [&](const char* name, bool expand) {

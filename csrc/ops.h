@@ -141,6 +141,22 @@ struct SparsePanelsArgs {
   int threads;
 };
 
+// y = activation(x W^T + bias) with an int8 W packed by csrc/cpu/sparse_pack.cpp as kCodes, x rounded to int8 with a
+// scale per row: see csrc/cpu/sparse_8bit.cpp.
+struct Sparse8bitArgs {
+  const void* x;                            // [rows, in_features] of dtype; the last dimension is contiguous
+  int64_t x_stride;                         // elements from one row of x to the next
+  const uint8_t* pack;                      // the bytes that sparse_panels_pack wrote
+  const float* scales;                      // fp32 [out_features]
+  const void* bias;                         // [out_features] of bias_dtype, or null
+  void* y;                                  // [rows, out_features] of dtype, contiguous
+  float* scratch;                           // fp32 [sparse_8bit_scratch(rows, in_features, tile, threads)]
+  int64_t rows, in_features, out_features;  // in_features at most kLinear8bitFeatures
+  int activation;                           // Activation, of the result
+  int dtype, bias_dtype;                    // DType
+  int threads;
+};
+
 // Between a dense matrix and its bitmask + values, in either direction: see csrc/cpu/bitmask.cpp.
 struct BitmaskArgs {
   const uint8_t* bitmask;  // uint8 [out_features, ceil(in_features / 8)]
@@ -161,6 +177,7 @@ struct BitmaskArgs {
   X(linear_8bit, Linear8bitArgs)         \
   X(sparse_linear, SparseLinearArgs)     \
   X(sparse_panels, SparsePanelsArgs)     \
+  X(sparse_8bit, Sparse8bitArgs)         \
   X(bitmask_expand, BitmaskArgs)         \
   X(bitmask_gather, BitmaskArgs)
 

@@ -78,9 +78,27 @@ def sparse_panels(
     threads: int,
 ) -> None: ...
 def sparse_panels_scratch(rows: int, in_features: int, tile: int, threads: int) -> int: ...
-def sparse_panels_bytes(bitmask: int, in_features: int, out_features: int, tile: int) -> int: ...
+def sparse_panels_bytes(bitmask: int, in_features: int, out_features: int, tile: int, packing: int) -> int: ...
 def sparse_panels_pack(
-    bitmask: int, values: int, offsets: int, in_features: int, out_features: int, tile: int, pack: int
+    bitmask: int, values: int, offsets: int, in_features: int, out_features: int, tile: int, packing: int, pack: int
+) -> None: ...
+def sparse_codes_unpack(pack: int, in_features: int, out_features: int, dense: int) -> None: ...
+def sparse_8bit_scratch(rows: int, in_features: int, tile: int, threads: int) -> int: ...
+def sparse_8bit(
+    x: int,
+    x_stride: int,
+    pack: int,
+    scales: int,
+    bias: int,
+    y: int,
+    scratch: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    activation: int,
+    dtype: int,
+    bias_dtype: int,
+    threads: int,
 ) -> None: ...
 def bitmask_expand(
     bitmask: int,

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/sparse_panels.h"
@@ -11,99 +12,140 @@
 namespace pykd {
 namespace {
 
-struct Entries {  // the kept columns of one row within one tile
-  std::vector<uint8_t> columns;
-  int64_t first = 0;  // index of the first one's value
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Weight {
+  const uint8_t* bitmask;
+  const void* values;
+  int64_t in_features, out_features, tile;
+  int packing;
+
+  int64_t height() const { return packing == kQuads ? 4 : 1; }  // rows that share their columns
+  double value(int64_t index) const {
+    return packing == kCodes ? static_cast<const int8_t*>(values)[index] : static_cast<const float*>(values)[index];
+  }
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Rows that share their columns, within one tile. Rows past the last one of the weight have first = -1.
+struct Unit {
+  std::vector<uint8_t> columns;
+  int64_t first[4] = {-1, -1, -1, -1};  // index of the first of their values in each row
+
+  double value(const Weight& weight, size_t entry, int64_t row) const {
+    const bool kept = entry < columns.size() && first[row] >= 0;
+    return kept ? weight.value(first[row] + static_cast<int64_t>(entry)) : 0.0;
+  }
+};
 
 // A stream without its bytes: what both the size and the writing of it follow from.
 struct Stream {
-  std::vector<Entries> rows;   // of the chunk
-  std::vector<int64_t> order;  // rows with at least one entry, longest first
+  const Weight& weight;
+  std::vector<Unit> units;     // of the chunk
+  std::vector<int64_t> order;  // units with at least one entry, longest first
 
   // next: for each row of the chunk, the index of its first value that no stream before this one took; advanced.
-  Stream(const uint8_t* bitmask, int64_t in_features, int64_t row0, int64_t row1, int64_t column0, int64_t column1,
-         std::vector<int64_t>& next)
-      : rows(static_cast<size_t>(row1 - row0)) {
-    const int64_t row_bytes = ceil_div(in_features, 8);
-    for (int64_t row = row0; row < row1; ++row) {
-      const uint8_t* bits = bitmask + row * row_bytes;
-      Entries& entries = rows[static_cast<size_t>(row - row0)];
+  Stream(const Weight& w, int64_t row0, int64_t row1, int64_t column0, int64_t column1, std::vector<int64_t>& next)
+      : weight(w), units(static_cast<size_t>(ceil_div(row1 - row0, w.height()))) {
+    const int64_t row_bytes = ceil_div(w.in_features, 8);
+    for (int64_t i = 0; i < static_cast<int64_t>(units.size()); ++i) {
+      Unit& unit = units[static_cast<size_t>(i)];
+      const uint8_t* bits = w.bitmask + (row0 + i * w.height()) * row_bytes;
       for (int64_t column = column0; column < column1; ++column)
-        if (bits[column / 8] >> (column % 8) & 1) entries.columns.push_back(static_cast<uint8_t>(column - column0));
-      entries.first = next[static_cast<size_t>(row - row0)];
-      next[static_cast<size_t>(row - row0)] += static_cast<int64_t>(entries.columns.size());
-      if (!entries.columns.empty()) order.push_back(row - row0);
+        if (bits[column / 8] >> (column % 8) & 1) unit.columns.push_back(static_cast<uint8_t>(column - column0));
+      for (int64_t row = 0; row < w.height() && row0 + i * w.height() + row < row1; ++row) {
+        int64_t& index = next[static_cast<size_t>(i * w.height() + row)];
+        unit.first[row] = index;
+        index += static_cast<int64_t>(unit.columns.size());
+      }
+      if (!unit.columns.empty()) order.push_back(i);
     }
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return size(a) > size(b); });
   }
 
-  size_t size(int64_t row) const { return rows[static_cast<size_t>(row)].columns.size(); }
-  int64_t pairs() const { return ceil_div(static_cast<int64_t>(order.size()), 2); }
-  int64_t groups(int64_t pair) const {  // the first of a pair is the longer
-    return ceil_div(static_cast<int64_t>(size(order[static_cast<size_t>(2 * pair)])), 2);
+  size_t size(int64_t unit) const { return units[static_cast<size_t>(unit)].columns.size(); }
+  int64_t together() const { return weight.packing == kQuads ? 1 : 2; }  // units of an item
+  int64_t items() const { return ceil_div(static_cast<int64_t>(order.size()), together()); }
+  int64_t groups(int64_t item) const {  // the first of an item is the longest
+    const int64_t entries = static_cast<int64_t>(size(order[static_cast<size_t>(together() * item)]));
+    return ceil_div(entries, weight.packing == kQuads ? 4 : 2);
   }
 
   int64_t bytes() const {
     int64_t total = 4;
-    for (int64_t pair = 0; pair < pairs(); ++pair) {
-      if (pair == 0 || groups(pair) != groups(pair - 1)) total += 4;
-      total += 4 + groups(pair) * kPanelGroupBytes;
+    for (int64_t item = 0; item < items(); ++item) {
+      if (item == 0 || groups(item) != groups(item - 1)) total += 4;
+      total += 4 + groups(item) * group_bytes(weight.packing);
     }
     return total;
   }
 
-  void write(const float* values, int64_t tile, uint8_t* out) const {
-    for (int64_t pair = 0; pair < pairs();) {
-      int64_t end = pair;
-      while (end < pairs() && groups(end) == groups(pair)) ++end;
-      put(out, static_cast<uint16_t>(groups(pair)), static_cast<uint16_t>(end - pair));
-      for (; pair < end; ++pair) write_pair(values, tile, pair, out);
+  void write(uint8_t* out) const {
+    for (int64_t item = 0; item < items();) {
+      int64_t end = item;
+      while (end < items() && groups(end) == groups(item)) ++end;
+      put_two(out, groups(item), end - item);
+      for (; item < end; ++item) weight.packing == kQuads ? write_quad(item, out) : write_pair(item, out);
     }
-    put(out, 0, 0);
+    put_two(out, 0, 0);
   }
 
  private:
-  static void put(uint8_t*& out, uint16_t first, uint16_t second) {
-    std::memcpy(out, &first, 2);
-    std::memcpy(out + 2, &second, 2);
-    out += 4;
+  template <class T>
+  static void put(uint8_t*& out, T value) {
+    std::memcpy(out, &value, sizeof value);
+    out += sizeof value;
+  }
+  static void put_two(uint8_t*& out, int64_t first, int64_t second) {
+    put(out, static_cast<uint16_t>(first));
+    put(out, static_cast<uint16_t>(second));
+  }
+  uint8_t column(const Unit& unit, size_t entry) const {
+    return entry < unit.columns.size() ? unit.columns[entry] : static_cast<uint8_t>(weight.tile);
   }
 
-  void write_pair(const float* values, int64_t tile, int64_t pair, uint8_t*& out) const {
-    static const Entries none;
-    const size_t second = static_cast<size_t>(2 * pair + 1);
+  void write_pair(int64_t item, uint8_t*& out) const {
+    static const Unit none;
+    const size_t second = static_cast<size_t>(2 * item + 1);
     const bool alone = second >= order.size();
-    const int64_t a = order[static_cast<size_t>(2 * pair)];
+    const int64_t a = order[static_cast<size_t>(2 * item)];
     const int64_t b = alone ? kPanelChunk : order[second];
-    const Entries* entries[2] = {&rows[static_cast<size_t>(a)], alone ? &none : &rows[static_cast<size_t>(b)]};
-    put(out, static_cast<uint16_t>(a), static_cast<uint16_t>(b));
-    for (int64_t group = 0; group < groups(pair); ++group, out += kPanelGroupBytes) {
+    const Unit* units_of[2] = {&units[static_cast<size_t>(a)], alone ? &none : &units[static_cast<size_t>(b)]};
+    put_two(out, a, b);
+    const bool codes = weight.packing == kCodes;
+    const auto unit_of = [&](int slot) -> const Unit& { return *units_of[codes ? slot / 2 : slot % 2]; };
+    for (int64_t group = 0; group < groups(item); ++group) {
+      const auto entry_of = [&](int slot) { return static_cast<size_t>(group * 2 + (codes ? slot % 2 : slot / 2)); };
+      for (int slot = 0; slot < 4; ++slot) put(out, column(unit_of(slot), entry_of(slot)));
       for (int slot = 0; slot < 4; ++slot) {
-        const Entries& row = *entries[slot % 2];
-        const size_t index = static_cast<size_t>(group * 2 + slot / 2);
-        const bool filled = index < row.columns.size();
-        const float value = filled ? values[row.first + static_cast<int64_t>(index)] : 0.0f;
-        out[slot] = filled ? row.columns[index] : static_cast<uint8_t>(tile);
-        std::memcpy(out + 4 + 4 * slot, &value, 4);
+        const double value = unit_of(slot).value(weight, entry_of(slot), 0);
+        codes ? put(out, static_cast<int16_t>(value)) : put(out, static_cast<float>(value));
       }
+    }
+  }
+
+  void write_quad(int64_t item, uint8_t*& out) const {
+    const int64_t a = order[static_cast<size_t>(item)];
+    const Unit& unit = units[static_cast<size_t>(a)];
+    put_two(out, 4 * a, 0);
+    for (int64_t group = 0; group < groups(item); ++group) {
+      const size_t entry = static_cast<size_t>(4 * group);
+      for (size_t i = 0; i < 4; ++i) put(out, column(unit, entry + i));
+      for (size_t i = 0; i < 4; ++i)
+        for (int64_t row = 0; row < 4; ++row) put(out, static_cast<float>(unit.value(weight, entry + i, row)));
     }
   }
 };
 
 // Calls visit(stream) for every stream in the order of the pack. offsets may be null when only sizes matter.
 template <class Visit>
-void for_streams(const uint8_t* bitmask, const int64_t* offsets, int64_t in_features, int64_t out_features,
-                 int64_t tile, const Visit& visit) {
+void for_streams(const Weight& weight, const int64_t* offsets, const Visit& visit) {
   std::vector<int64_t> next;
-  for (int64_t row = 0; row < out_features; row += kPanelChunk) {
-    const int64_t end = std::min(row + kPanelChunk, out_features);
+  for (int64_t row = 0; row < weight.out_features; row += kPanelChunk) {
+    const int64_t end = std::min(row + kPanelChunk, weight.out_features);
     next.assign(static_cast<size_t>(end - row), 0);
     if (offsets) std::copy(offsets + row, offsets + end, next.begin());
-    for (int64_t column = 0; column < in_features; column += tile)
-      visit(Stream(bitmask, in_features, row, end, column, std::min(column + tile, in_features), next));
+    for (int64_t column = 0; column < weight.in_features; column += weight.tile)
+      visit(Stream(weight, row, end, column, std::min(column + weight.tile, weight.in_features), next));
   }
 }
 
@@ -134,9 +176,10 @@ int64_t bitmask_offsets(const uint8_t* bitmask, int64_t in_features, int64_t out
   return -1;
 }
 
-int64_t sparse_panels_bytes(const uint8_t* bitmask, int64_t in_features, int64_t out_features, int64_t tile) {
+int64_t sparse_panels_bytes(const uint8_t* bitmask, int64_t in_features, int64_t out_features, int64_t tile,
+                            int packing) {
   int64_t total = streams_begin(in_features, out_features, tile);
-  for_streams(bitmask, nullptr, in_features, out_features, tile,
+  for_streams({bitmask, nullptr, in_features, out_features, tile, packing}, nullptr,
               [&](const Stream& stream) { total += stream.bytes(); });
   return total;
 }
@@ -146,20 +189,66 @@ int64_t sparse_panels_scratch(int64_t rows, int64_t in_features, int64_t tile, i
   return (rows + kPanelMaxWidth) * columns + threads * (kPanelChunk + 1) * kPanelMaxWidth;
 }
 
-void sparse_panels_pack(const uint8_t* bitmask, const float* values, const int64_t* offsets, int64_t in_features,
-                        int64_t out_features, int64_t tile, uint8_t* pack) {
-  SparsePanelsHeader header = {0, in_features, out_features, offsets[out_features], tile};
+int64_t sparse_8bit_scratch(int64_t rows, int64_t in_features, int64_t tile, int threads) {
+  const int64_t columns = ceil_div(in_features, tile) * (tile + 1);
+  return rows + ceil_div((rows + kPanelMaxWidth) * columns, 2) + threads * (kPanelChunk + 1) * kPanelMaxWidth;
+}
+
+void sparse_panels_pack(const uint8_t* bitmask, const void* values, const int64_t* offsets, int64_t in_features,
+                        int64_t out_features, int64_t tile, int packing, uint8_t* pack) {
+  SparsePanelsHeader header = {0, in_features, out_features, offsets[out_features], tile, packing};
   int64_t at = streams_begin(in_features, out_features, tile);
   uint8_t* offset = pack + sizeof header;
-  for_streams(bitmask, offsets, in_features, out_features, tile, [&](const Stream& stream) {
+  for_streams({bitmask, values, in_features, out_features, tile, packing}, offsets, [&](const Stream& stream) {
     std::memcpy(offset, &at, 8);
     offset += 8;
-    stream.write(values, tile, pack + at);
+    stream.write(pack + at);
     at += stream.bytes();
   });
   std::memcpy(offset, &at, 8);
   header.bytes = at;
   std::memcpy(pack, &header, sizeof header);
+}
+
+void sparse_pack_check(const uint8_t* pack, int64_t in_features, int64_t out_features, int packing) {
+  SparsePanelsHeader header;
+  std::memcpy(&header, pack, sizeof header);
+  if (header.in_features != in_features || header.out_features != out_features || header.packing != packing)
+    throw std::invalid_argument("the pack is of another weight: [" + std::to_string(header.out_features) + ", " +
+                                std::to_string(header.in_features) + "] in packing " + std::to_string(header.packing) +
+                                ", not [" + std::to_string(out_features) + ", " + std::to_string(in_features) +
+                                "] in " + std::to_string(packing));
+}
+
+void sparse_codes_unpack(const uint8_t* pack, int8_t* dense) {
+  SparsePanelsHeader header;
+  std::memcpy(&header, pack, sizeof header);
+  std::fill(dense, dense + header.in_features * header.out_features, int8_t{0});
+  const int64_t tiles = ceil_div(header.in_features, header.tile);
+  const int64_t streams = tiles * ceil_div(header.out_features, kPanelChunk);
+  for (int64_t stream = 0; stream < streams; ++stream) {
+    int64_t offset;
+    std::memcpy(&offset, pack + sizeof header + 8 * stream, 8);
+    const uint8_t* at = pack + offset;
+    int8_t* corner = dense + stream / tiles * kPanelChunk * header.in_features + stream % tiles * header.tile;
+    for (uint16_t run[2];;) {
+      std::memcpy(run, at, 4);
+      at += 4;
+      if (run[0] == 0) break;
+      for (uint32_t item = 0; item < run[1]; ++item) {
+        uint16_t rows[2];
+        std::memcpy(rows, at, 4);
+        at += 4;
+        for (uint32_t group = 0; group < run[0]; ++group, at += group_bytes(kCodes))
+          for (int slot = 0; slot < 4; ++slot) {
+            int16_t value;
+            std::memcpy(&value, at + 4 + 2 * slot, 2);
+            if (at[slot] != header.tile)
+              corner[rows[slot / 2] * header.in_features + at[slot]] = static_cast<int8_t>(value);
+          }
+      }
+    }
+  }
 }
 
 }  // namespace pykd

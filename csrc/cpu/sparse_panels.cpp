@@ -3,12 +3,14 @@
 //
 // x is transposed into panels of P = kVectors * kWidth rows: panel[tile][column][P], each tile followed by a row of
 // zeros. A tile of a panel (128 columns x 32 rows = 16 KB at 8 lanes) stays in L1 while the stream of a chunk runs over
-// it; two rows of W advance together, so that their sums stay in registers and the chains are long enough to hide the
-// latency of the multiply-add. What bounds it is L1: one load a multiply-add plus a broadcast and a quarter index load
-// a weight. Sums of a chunk are kept as [chunk row][P] between tiles and transposed into y at the end.
+// it; two rows of W advance together (four that keep the same columns), so that their sums stay in registers and the
+// chains are long enough to hide the latency of the multiply-add. What bounds it is L1: one load a multiply-add plus a
+// broadcast and a quarter index load a weight; rows that share their columns load a vector of x once for all four. Sums
+// of a chunk are kept as [chunk row][P] between tiles and transposed into y at the end.
 #include "cpu/sparse_panels.h"
 
 #include "cpu/parallel.h"
+#include "cpu/sparse_stream.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
 #include "ops.h"
@@ -16,38 +18,8 @@
 namespace pykd::PYKD_LEVEL {
 namespace {
 
-// Waking a thread costs a few microseconds: work below about 30 stays on one.
-constexpr int64_t kElementsPerPiece = 1 << 16;  // elements of x to transpose
-constexpr int64_t kVectorsPerPiece = 1 << 16;   // kept weights x vectors of rows to multiply
-
-struct Pack {
-  SparsePanelsHeader header;
-  const uint8_t* bytes;
-  int64_t tiles, chunks;
-
-  explicit Pack(const uint8_t* start) : bytes(start) {
-    std::memcpy(&header, start, sizeof header);
-    tiles = (header.in_features + header.tile - 1) / header.tile;
-    chunks = (header.out_features + kPanelChunk - 1) / kPanelChunk;
-  }
-  int64_t offset(int64_t chunk, int64_t tile) const {
-    int64_t at;
-    std::memcpy(&at, bytes + sizeof header + 8 * (chunk * tiles + tile), 8);
-    return at;
-  }
-  int64_t panel_columns() const { return tiles * (header.tile + 1); }
-};
-
 // --- one stream over one tile of one panel
 // ------------------------------------------------------------------------------
-
-PYKD_INLINE void read_pair(const uint8_t*& at, uint32_t& first, uint32_t& second) {
-  uint16_t both[2];
-  std::memcpy(both, at, 4);
-  first = both[0];
-  second = both[1];
-  at += 4;
-}
 
 template <int kVectors>
 PYKD_INLINE void stream_panel(const uint8_t* at, const float* panel, float* sums) {
@@ -55,11 +27,11 @@ PYKD_INLINE void stream_panel(const uint8_t* at, const float* panel, float* sums
   constexpr int kChains = kVectors <= 2 ? 2 : 1;  // sums of a row: narrow panels need more of them
   for (;;) {
     uint32_t groups, pairs;
-    read_pair(at, groups, pairs);
+    read_two(at, groups, pairs);
     if (groups == 0) return;
     for (uint32_t pair = 0; pair < pairs; ++pair) {
       uint32_t row[2];
-      read_pair(at, row[0], row[1]);
+      read_two(at, row[0], row[1]);
       F32 sum[2][kChains][kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
@@ -67,7 +39,7 @@ PYKD_INLINE void stream_panel(const uint8_t* at, const float* panel, float* sums
           sum[side][0][v] = load(sums + row[side] * kPanel + v * kWidth);
           for (int chain = 1; chain < kChains; ++chain) sum[side][chain][v] = set1(0.0f);
         }
-      for (uint32_t group = 0; group < groups; ++group, at += kPanelGroupBytes) {
+      for (uint32_t group = 0; group < groups; ++group, at += group_bytes(kPairs)) {
 #pragma GCC unroll 4
         for (int slot = 0; slot < 4; ++slot) {
           float value;
@@ -96,13 +68,13 @@ PYKD_INLINE void stream_panel(const uint8_t* at, const float* panel, float* sums
 void stream_row(const uint8_t* at, const float* x, float* sums) {
   for (;;) {
     uint32_t groups, pairs;
-    read_pair(at, groups, pairs);
+    read_two(at, groups, pairs);
     if (groups == 0) return;
     for (uint32_t pair = 0; pair < pairs; ++pair) {
       uint32_t a, b;
-      read_pair(at, a, b);
+      read_two(at, a, b);
       float sum[4] = {sums[a], sums[b], 0.0f, 0.0f};
-      for (uint32_t group = 0; group < groups; ++group, at += kPanelGroupBytes) {
+      for (uint32_t group = 0; group < groups; ++group, at += group_bytes(kPairs)) {
         float value[4];
         std::memcpy(value, at + 4, 16);
 #pragma GCC unroll 4
@@ -110,6 +82,67 @@ void stream_row(const uint8_t* at, const float* x, float* sums) {
       }
       sums[a] = sum[0] + sum[2];
       sums[b] = sum[1] + sum[3];
+    }
+  }
+}
+
+// Four rows of W with the same columns: a vector of x is loaded once for all of them.
+template <int kVectors>
+PYKD_INLINE void stream_quads(const uint8_t* at, const float* panel, float* sums) {
+  constexpr int kPanel = kVectors * kWidth;
+  for (;;) {
+    uint32_t groups, quads;
+    read_two(at, groups, quads);
+    if (groups == 0) return;
+    for (uint32_t quad = 0; quad < quads; ++quad) {
+      uint32_t row, unused;
+      read_two(at, row, unused);
+      float* target = sums + row * kPanel;
+      F32 sum[4][kVectors];
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r)
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = load(target + r * kPanel + v * kWidth);
+      for (uint32_t group = 0; group < groups; ++group, at += group_bytes(kQuads)) {
+#pragma GCC unroll 4
+        for (int entry = 0; entry < 4; ++entry) {
+          float value[4];
+          std::memcpy(value, at + 4 + 16 * entry, 16);
+          const float* x = panel + static_cast<size_t>(at[entry]) * kPanel;
+          F32 columns[kVectors];
+          for (int v = 0; v < kVectors; ++v) columns[v] = load(x + v * kWidth);
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) {
+            const F32 weight = set1(value[r]);
+            for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(weight, columns[v], sum[r][v]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r)
+        for (int v = 0; v < kVectors; ++v) store(target + r * kPanel + v * kWidth, sum[r][v]);
+    }
+  }
+}
+
+// The same for a single row of x.
+void stream_quad_row(const uint8_t* at, const float* x, float* sums) {
+  for (;;) {
+    uint32_t groups, quads;
+    read_two(at, groups, quads);
+    if (groups == 0) return;
+    for (uint32_t quad = 0; quad < quads; ++quad) {
+      uint32_t row, unused;
+      read_two(at, row, unused);
+      float sum[2][4] = {};
+      for (uint32_t group = 0; group < groups; ++group, at += group_bytes(kQuads)) {
+        float value[4][4];
+        std::memcpy(value, at + 4, sizeof value);
+#pragma GCC unroll 4
+        for (int entry = 0; entry < 4; ++entry)
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) sum[entry % 2][r] += value[entry][r] * x[at[entry]];
+      }
+      for (int r = 0; r < 4; ++r) sums[row + static_cast<uint32_t>(r)] += sum[0][r] + sum[1][r];
     }
   }
 }
@@ -160,15 +193,22 @@ void drain_panel(const SparsePanelsArgs& args, int64_t row, int64_t width, int64
   }
 }
 
+#if defined(PYKD_LEVEL_avx2)
+constexpr int kQuadVectors = 2;  // 4 x 2 sums, 2 vectors of x and a weight in 16 registers
+#else
+constexpr int kQuadVectors = 4;
+#endif
+
 // Vectors in the panel that begins at `row`: as wide as the rows that are left fill, one scalar lane for a single row.
-int64_t panel_width(int64_t rows, int64_t row) {
+int64_t panel_width(const Pack& pack, int64_t rows, int64_t row) {
   const int64_t left = rows - row;
   if (rows == 1) return 1;
-  if (left > 2 * kWidth) return 4 * kWidth;
+  const int64_t most = pack.header.packing == kQuads ? kQuadVectors : 4;
+  if (left > 2 * kWidth) return most * kWidth;
   return left > kWidth ? 2 * kWidth : kWidth;
 }
 
-void stream(const uint8_t* bytes, int64_t width, const float* panel, float* sums) {
+void stream_pairs(const uint8_t* bytes, int64_t width, const float* panel, float* sums) {
   if (width == 4 * kWidth)
     stream_panel<4>(bytes, panel, sums);
   else if (width == 2 * kWidth)
@@ -177,6 +217,20 @@ void stream(const uint8_t* bytes, int64_t width, const float* panel, float* sums
     stream_panel<1>(bytes, panel, sums);
   else
     stream_row(bytes, panel, sums);
+}
+
+void stream(const Pack& pack, int64_t chunk, int64_t tile, int64_t width, const float* panel, float* sums) {
+  const uint8_t* bytes = pack.bytes + pack.offset(chunk, tile);
+  if (pack.header.packing == kPairs)
+    stream_pairs(bytes, width, panel, sums);
+  else if (width == kQuadVectors * kWidth)
+    stream_quads<kQuadVectors>(bytes, panel, sums);
+  else if (width == 2 * kWidth)
+    stream_quads<2>(bytes, panel, sums);
+  else if (width == kWidth && kWidth > 1)
+    stream_quads<1>(bytes, panel, sums);
+  else
+    stream_quad_row(bytes, panel, sums);
 }
 
 void run_chunks(const SparsePanelsArgs& args, const Pack& pack, int64_t first, int64_t last, const float* panels,
@@ -188,11 +242,11 @@ void run_chunks(const SparsePanelsArgs& args, const Pack& pack, int64_t first, i
     const int64_t count = left < kPanelChunk ? left : kPanelChunk;
     int64_t width = 0;
     for (int64_t row = 0; row < args.rows; row += width) {
-      width = panel_width(args.rows, row);
+      width = panel_width(pack, args.rows, row);
       std::memset(sums, 0, static_cast<size_t>((kPanelChunk + 1) * width) * sizeof(float));
       const float* panel = panels + row * pack.panel_columns();
       for (int64_t tile = 0; tile < pack.tiles; ++tile)
-        stream(pack.bytes + pack.offset(chunk, tile), width, panel + tile * tile_columns * width, sums);
+        stream(pack, chunk, tile, width, panel + tile * tile_columns * width, sums);
       drain_panel(args, row, width, column, count, sums);
     }
   }
@@ -202,7 +256,7 @@ void fill_tiles(const SparsePanelsArgs& args, const Pack& pack, int64_t first, i
   const int64_t step = pack.header.tile;
   int64_t width = 0;
   for (int64_t row = 0; row < args.rows; row += width) {
-    width = panel_width(args.rows, row);
+    width = panel_width(pack, args.rows, row);
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t end = (tile + 1) * step < args.in_features ? (tile + 1) * step : args.in_features;
       float* panel = args.scratch + row * pack.panel_columns() + tile * (step + 1) * width;
@@ -220,21 +274,9 @@ void sparse_panels(const SparsePanelsArgs& args) {
   parallel_for(pack.tiles, kElementsPerPiece / (args.rows * pack.header.tile) + 1, args.threads,
                [&](int64_t first, int64_t last, int) { fill_tiles(args, pack, first, last); });
 
-  // A thread takes the chunks whose streams begin in its share of the bytes, so that threads have equal work whatever
-  // the rows hold, and any number of threads can run a pack.
-  const int64_t vectors = (args.rows + kWidth - 1) / kWidth;
-  int64_t shares = pack.header.nnz * vectors / kVectorsPerPiece + 1;
-  if (shares > args.threads) shares = args.threads;
-  if (shares > pack.chunks) shares = pack.chunks;
-  const int64_t begin = pack.offset(0, 0);
-  const int64_t total = pack.offset(pack.chunks, 0) - begin;
   float* sums = args.scratch + (args.rows + kPanelMaxWidth) * pack.panel_columns();
-  parallel_for(shares, 1, args.threads, [&](int64_t first, int64_t last, int thread) {
-    int64_t chunk = 0;
-    while (chunk < pack.chunks && pack.offset(chunk, 0) - begin < total * first / shares) ++chunk;
-    int64_t end = chunk;
-    while (end < pack.chunks && (last == shares || pack.offset(end, 0) - begin < total * last / shares)) ++end;
-    run_chunks(args, pack, chunk, end, args.scratch, sums + thread * (kPanelChunk + 1) * kPanelMaxWidth);
+  for_chunk_shares(pack, (args.rows + kWidth - 1) / kWidth, args.threads, [&](int64_t first, int64_t last, int thread) {
+    run_chunks(args, pack, first, last, args.scratch, sums + thread * (kPanelChunk + 1) * kPanelMaxWidth);
   });
 }
 

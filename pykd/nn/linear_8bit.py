@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,16 @@ from pykd.nn.codecs.eight_bit import EightBit, dequantize_8bit, quantize_8bit
 from pykd.nn.compressed import CompressedModule, dense_linear
 from pykd.ops.activation import activate, check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
-from pykd.ops.dispatch import native
+from pykd.ops.dispatch import DTYPE_CODES, native
 from pykd.ops.int4_r16 import groups_of
 from pykd.ops.int8_r16 import pack_r16, unpack_r16
 from pykd.ops.linear_8bit import MOST_FEATURES, SCHEMES_8BIT, check_static, linear_8bit
+from pykd.ops.sparse_8bit import least_rows, pack_codes, sparse_8bit, unpack_codes
+
+#: A weight of at most this density is also kept as panels, 0.75 bytes a weight more at most, where those win at
+#: `MANY_ROWS` rows of activations.
+PANELS_DENSITY = 0.25
+MANY_ROWS = 128
 
 #: Activations are rounded under one scale and zero point, which calibration has chosen.
 STATIC = "w8a8_static"
@@ -46,7 +53,9 @@ class Weight8bit(CompressedModule):
     zero point `static`, always the same) or "w8a16" (they are kept).
 
     Files hold `qweight` int8 [rows, columns] and `scales` [rows]; or, where enough codes are zero that it is smaller,
-    `bitmask` uint8 [rows, ceil(columns / 8)] and `qvalues` int8 [nnz] instead of `qweight`.
+    `bitmask` uint8 [rows, ceil(columns / 8)] and `qvalues` int8 [nnz] instead of `qweight`. Where that makes calls of
+    many rows faster (`pykd.ops.sparse_8bit`), a pruned w8a8 weight is in memory as `panels`, three bytes a kept code,
+    beside `packed`, or alone when it wins at every number of rows: the results are the same bits.
     """
 
     qweight: Tensor
@@ -55,6 +64,8 @@ class Weight8bit(CompressedModule):
     scales: Tensor
     bias: nn.Parameter | None
     activation: str | None = None
+    #: Rows of activations from which `panels` serve.
+    _panels_from: float = math.inf
     #: Whether the weight is multiplied with: else its codes stay a row each, as a lookup wants them.
     multiplies = True
 
@@ -109,10 +120,12 @@ class Weight8bit(CompressedModule):
             weight = dequantize_8bit(self._tensors(), group_size=self.group_size).to(wide)
             y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
             return activate(y, self.activation).to(x.dtype)
+        packed, panels = self._buffers.get("packed"), self._buffers.get("panels")
+        if panels is not None and x.dtype in DTYPE_CODES and x.shape[:-1].numel() >= self._panels_from:
+            return sparse_8bit(x, panels, self.scales, bias=bias, activation=self.activation)
         options: dict[str, Any] = {"bias": bias, "scheme": self.scheme, "activation": self.activation}
         if self.static is not None:
             options |= {"scheme": "w8a8", "input_scale": self.static.scale, "input_zero": self.static.zero}
-        packed = self._buffers.get("packed")
         if packed is not None:
             return linear_8bit(x, packed, out_features=self.rows, **options)
         return linear_8bit(x, *self._tensors(), **options)
@@ -124,6 +137,9 @@ class Weight8bit(CompressedModule):
             return EightBit(*unpack_r16(packed, out_features=self.rows, in_features=self.columns))
         if "qweight" in self._buffers:
             return EightBit(self.qweight, self.scales)
+        panels = self._buffers.get("panels")
+        if panels is not None:
+            return EightBit(unpack_codes(panels, self.rows, self.columns), self.scales)
         mask = unpack_bits(self.bitmask, self.columns)
         kept = int(mask.sum())
         if kept != self.nnz:
@@ -138,10 +154,10 @@ class Weight8bit(CompressedModule):
         mask = tensors.qweight != 0
         return {"bitmask": pack_bits(mask), "qvalues": tensors.qweight[mask], "scales": tensors.scales}
 
-    # The hooks of CompressedModule: int8_r16 where the native kernel runs, else dense codes.
+    # The hooks of CompressedModule: int8_r16 or panels of codes where the native kernels run, else dense codes.
 
     def _has_layout(self) -> bool:
-        return "packed" in self._buffers or "qweight" in self._non_persistent_buffers_set
+        return bool(self._non_persistent_buffers_set)
 
     def _pack(self) -> None:
         fits = self.multiplies and self.group_size is None and self.columns <= MOST_FEATURES
@@ -149,7 +165,18 @@ class Weight8bit(CompressedModule):
         if self._has_layout() or not (runs_natively or self.nnz is not None):
             return
         tensors = self._tensors()
-        self._register({"packed": pack_r16(*tensors)} if runs_natively else tensors._asdict(), persistent=False)
+        layout = self._layout(tensors) if runs_natively else tensors._asdict()
+        self._register(layout, persistent=False)
+
+    def _layout(self, tensors: EightBit) -> dict[str, Tensor]:
+        density = 1.0 if self.nnz is None else self.nnz / (self.rows * self.columns)
+        sparse = self.scheme == "w8a8" and density <= PANELS_DENSITY
+        self._panels_from = least_rows(density) if sparse else math.inf
+        if self._panels_from > MANY_ROWS:
+            return {"packed": pack_r16(*tensors)}
+        panels = pack_codes(tensors.qweight, pack_bits(tensors.qweight != 0))
+        layout = {"panels": panels, "scales": tensors.scales}
+        return layout if self._panels_from <= 1 else {**layout, "packed": pack_r16(*tensors)}
 
     def _unpack(self) -> None:
         if self._has_layout():

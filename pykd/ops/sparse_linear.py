@@ -26,6 +26,7 @@ from .dispatch import (
     skips_dispatcher,
     triton_available,
 )
+from .sparse_panels import TILE, in_quads, panels_pack
 from .sparse_route import route
 
 
@@ -96,6 +97,7 @@ class Layout(NamedTuple):
     source: weakref.ref[Tensor]  # the values it was made from
     packed: PackedSparse  # detached, contiguous
     density: float
+    quads: bool  # rows keep the same columns in fours
     offsets: Tensor  # int64 [out + 1]
     tail: Tensor  # the values from row `tail_row` on, with _READ_AHEAD zeros after them
     tail_row: int
@@ -105,7 +107,6 @@ class Layout(NamedTuple):
 _layouts: dict[int, Layout] = {}  # id of the values -> layout; an entry goes when its values go
 
 _READ_AHEAD = 16  # the kernels load up to 16 values at once, wherever the last ones they need are
-_TILE = 128  # columns of x in an L1 tile: 128 x 32 rows x 4 bytes = 16 KB at 8 lanes, 32 KB at 16
 
 
 def _version(tensor: Tensor) -> int:
@@ -135,19 +136,15 @@ def _make_layout(packed: PackedSparse, version: tuple[int, ...]) -> Layout:
     tail_row = int(near_the_end.int().argmax()) if bool(near_the_end.any()) else packed.out_features
     tail = F.pad(values[int(offsets[tail_row]) :], (0, _READ_AHEAD))
     own = PackedSparse(packed.bitmask.contiguous(), values, packed.in_features)
-    return Layout(version, weakref.ref(packed.values, forget), own, own.density, offsets, tail, tail_row, {})
+    quads = in_quads(own.bitmask)
+    return Layout(version, weakref.ref(packed.values, forget), own, own.density, quads, offsets, tail, tail_row, {})
 
 
 def _panels(layout: Layout) -> Tensor:
     if "panels" not in layout.made:
         bitmask, values, in_features = layout.packed
-        mask, values = bitmask.data_ptr(), values.float()
-        size = native.sparse_panels_bytes(mask, in_features, bitmask.shape[0], _TILE)
-        pack = torch.empty(size, dtype=torch.uint8)
-        native.sparse_panels_pack(
-            mask, values.data_ptr(), layout.offsets.data_ptr(), in_features, bitmask.shape[0], _TILE, pack.data_ptr()
-        )
-        layout.made["panels"] = pack
+        packing = "quads" if layout.quads else "pairs"
+        layout.made["panels"] = panels_pack(bitmask, values, layout.offsets, in_features, packing)
     return layout.made["panels"]
 
 
@@ -205,7 +202,7 @@ def _run_expand(x: Tensor, layout: Layout, bias: Tensor | None, y: Tensor) -> No
 def _run_panels(x: Tensor, layout: Layout, bias: Tensor | None, y: Tensor) -> None:
     rows, in_features = x.shape
     pack, threads = _panels(layout), num_threads()
-    scratch = torch.empty(native.sparse_panels_scratch(rows, in_features, _TILE, threads))
+    scratch = torch.empty(native.sparse_panels_scratch(rows, in_features, TILE, threads))
     native.sparse_panels(
         x.data_ptr(), pack.data_ptr(), _address(bias), scratch.data_ptr(), y.data_ptr(), rows, in_features,
         layout.packed.out_features, in_features, threads,

@@ -1,9 +1,11 @@
-// sparse_linear and sparse_panels against a plain matrix product; bitmask_expand and bitmask_gather exactly.
+// sparse_linear, sparse_panels and sparse_8bit against plain matrix products; bitmask_expand and bitmask_gather
+// exactly.
 #include <cmath>
 #include <cstring>
 
 #include "check.h"
 #include "cpu/sparse_pack.h"
+#include "cpu/sparse_panels.h"
 
 namespace check {
 namespace {
@@ -15,14 +17,16 @@ struct Weight {
   std::vector<double> dense;     // [out, in]
   std::vector<double> values;    // [nnz]
 
-  Weight(Random& random, int64_t out_features, int64_t in_features, double density, int dtype)
+  // alike: so many rows after one another keep the same columns
+  Weight(Random& random, int64_t out_features, int64_t in_features, double density, int dtype, int64_t alike = 1)
       : out(out_features), in(in_features), row_bytes((in_features + 7) / 8) {
     bits.assign(static_cast<size_t>(out * row_bytes), 0);
     dense.assign(static_cast<size_t>(out * in), 0);
     for (int64_t row = 0; row < out; ++row) {
       offsets.push_back(static_cast<int64_t>(values.size()));
       for (int64_t column = 0; column < in; ++column) {
-        if (!random.chance(density)) continue;
+        const int64_t model = row / alike * alike;
+        if (model < row ? !kept(model, column) : !random.chance(density)) continue;
         uint8_t& byte = bits[static_cast<size_t>(row * row_bytes + column / 8)];
         byte = static_cast<uint8_t>(byte | 1 << column % 8);
         float element[1];
@@ -34,6 +38,9 @@ struct Weight {
     offsets.push_back(static_cast<int64_t>(values.size()));
   }
   int64_t nnz() const { return static_cast<int64_t>(values.size()); }
+  bool kept(int64_t row, int64_t column) const {
+    return bits[static_cast<size_t>(row * row_bytes + column / 8)] >> column % 8 & 1;
+  }
 };
 
 template <class T>
@@ -105,11 +112,11 @@ void linear(const std::string& level) {
   }
 }
 
-void panels_case(Group& group, Random& random, const Weight& weight, int64_t rows, int64_t tile) {
+void panels_case(Group& group, Random& random, const Weight& weight, int64_t rows, int64_t tile, int packing) {
   pykd::SparsePanelsArgs args{};
   args.threads = static_cast<int>(1 + random.below(2));
   args.x_stride = weight.in + random.below(3);
-  const int64_t bytes = pykd::sparse_panels_bytes(weight.bits.data(), weight.in, weight.out, tile);
+  const int64_t bytes = pykd::sparse_panels_bytes(weight.bits.data(), weight.in, weight.out, tile, packing);
   std::vector<float> values(weight.values.begin(), weight.values.end());
   Buffer x(static_cast<size_t>((rows - 1) * args.x_stride + weight.in) * 4), pack(static_cast<size_t>(bytes));
   Buffer scratch(static_cast<size_t>(pykd::sparse_panels_scratch(rows, weight.in, tile, args.threads)) * 4);
@@ -120,7 +127,7 @@ void panels_case(Group& group, Random& random, const Weight& weight, int64_t row
   std::memset(scratch.data(), 0xff,
               static_cast<size_t>(pykd::sparse_panels_scratch(rows, weight.in, tile, args.threads)) * 4);
   pykd::sparse_panels_pack(weight.bits.data(), values.data(), weight.offsets.data(), weight.in, weight.out, tile,
-                           pack.as<uint8_t>());
+                           packing, pack.as<uint8_t>());
   args.x = x.as<float>();
   args.pack = pack.as<uint8_t>();
   args.bias = random.chance(0.5) ? bias.as<float>() : nullptr;
@@ -138,13 +145,102 @@ void panels(const std::string& level) {
   Random random(6);
   for (const int64_t tile : {8, 128, 255}) {
     Group group(level + " sparse_panels, tiles of " + std::to_string(tile));
-    for (const int64_t rows : {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 70}) {
+    for (const int packing : {pykd::kPairs, pykd::kQuads})
+      for (const int64_t rows : {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 70}) {
+        const int64_t out = random.pick<int64_t>({1, 5, 16, 127, 128, 150}),
+                      in = random.pick<int64_t>({1, 9, 16, 127, 129});
+        const double density = random.pick<double>({0.0, 0.05, 0.2, 0.6});
+        group.begin("packing %d, %lld rows, %lld outputs, %lld inputs, density %g", packing,
+                    static_cast<long long>(rows), static_cast<long long>(out), static_cast<long long>(in), density);
+        const Weight weight(random, out, in, density, pykd::kFloat32, packing == pykd::kQuads ? 4 : 1);
+        panels_case(group, random, weight, rows, tile, packing);
+      }
+  }
+}
+
+void compare_codes(Group& group, const Weight& weight, const std::vector<int8_t>& codes,
+                   const pykd::Sparse8bitArgs& args) {
+  std::vector<double> x(static_cast<size_t>(weight.in));
+  std::vector<int> rounded;
+  for (int64_t m = 0; m < args.rows; ++m) {
+    for (int64_t k = 0; k < weight.in; ++k)
+      x[static_cast<size_t>(k)] = decode(args.x, m * args.x_stride + k, args.dtype);
+    const float row_scale = round_row(x, &rounded);
+    for (int64_t row = 0; row < weight.out; ++row) {
+      int64_t sum = 0, next = weight.offsets[static_cast<size_t>(row)];
+      for (int64_t k = 0; k < weight.in; ++k)
+        if (weight.kept(row, k)) sum += rounded[static_cast<size_t>(k)] * codes[static_cast<size_t>(next++)];
+      const double linear = static_cast<double>(sum) * row_scale * args.scales[row];
+      const double want = linear + (args.bias ? decode(args.bias, row, args.bias_dtype) : 0);
+      group.near("y", m * weight.out + row, decode(args.y, m * weight.out + row, args.dtype), want,
+                 6 * 0x1p-24 * (std::fabs(linear) + std::fabs(want)) + epsilon_of(args.dtype) * std::fabs(want) +
+                     2 * tiny_of(args.dtype));
+    }
+  }
+}
+
+void codes_case(Group& group, Random& random, const Weight& weight, int64_t rows, int64_t tile, int dtype) {
+  pykd::Sparse8bitArgs args{};
+  args.threads = static_cast<int>(1 + random.below(2));
+  args.x_stride = weight.in + random.below(3);
+  args.dtype = dtype;
+  args.bias_dtype = static_cast<int>(random.below(3));
+  std::vector<int8_t> codes;
+  const bool extreme = random.chance(0.3);
+  for (int64_t i = 0; i < weight.nnz(); ++i)
+    codes.push_back(static_cast<int8_t>(extreme ? random.pick<int>({-128, 127}) : 1 + random.below(127)));
+  const int64_t bytes = pykd::sparse_panels_bytes(weight.bits.data(), weight.in, weight.out, tile, pykd::kCodes);
+  const int64_t floats = pykd::sparse_8bit_scratch(rows, weight.in, tile, args.threads);
+  Buffer x(static_cast<size_t>((rows - 1) * args.x_stride + weight.in) * size_of(dtype));
+  Buffer pack(static_cast<size_t>(bytes)), scales(static_cast<size_t>(weight.out) * 4);
+  Buffer bias(static_cast<size_t>(weight.out) * size_of(args.bias_dtype));
+  Buffer y(static_cast<size_t>(rows * weight.out) * size_of(dtype)), scratch(static_cast<size_t>(floats) * 4);
+  Buffer dense(static_cast<size_t>(weight.out * weight.in));
+  std::memset(scratch.data(), 0xff, static_cast<size_t>(floats) * 4);
+  for (int64_t m = 0; m < rows; ++m) {
+    const double spread = random.pick<double>({1, 1, 30, 1e-3, 0});
+    for (int64_t k = 0; k < weight.in; ++k) encode(x.data(), m * args.x_stride + k, dtype, spread * random.normal());
+    if (random.chance(0.1))
+      encode(x.data(), m * args.x_stride + random.below(weight.in), dtype,
+             random.pick<double>({HUGE_VAL, std::nan("")}));
+  }
+  for (int64_t i = 0; i < weight.out; ++i) {
+    encode(bias.data(), i, args.bias_dtype, random.normal());
+    scales.as<float>()[i] = static_cast<float>(random.normal() * 0.01);
+  }
+  pykd::sparse_panels_pack(weight.bits.data(), codes.data(), weight.offsets.data(), weight.in, weight.out, tile,
+                           pykd::kCodes, pack.as<uint8_t>());
+  pykd::sparse_codes_unpack(pack.as<uint8_t>(), dense.as<int8_t>());
+  size_t next = 0;
+  for (int64_t i = 0; i < weight.out * weight.in; ++i) {
+    const int8_t want = weight.kept(i / weight.in, i % weight.in) ? codes[next++] : int8_t{0};
+    group.require(dense.as<int8_t>()[i] == want, "another code came back");
+  }
+  args.x = x.data();
+  args.pack = pack.as<uint8_t>();
+  args.scales = scales.as<float>();
+  args.bias = random.chance(0.5) ? bias.data() : nullptr;
+  args.y = y.data();
+  args.scratch = scratch.as<float>();
+  args.rows = rows;
+  args.in_features = weight.in;
+  args.out_features = weight.out;
+  pykd::table().sparse_8bit(args);
+  compare_codes(group, weight, codes, args);
+  group.intact({&x, &pack, &scales, &bias, &y, &scratch, &dense});
+}
+
+void codes(const std::string& level) {
+  Random random(9);
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    Group group(level + " sparse_8bit " + name_of(dtype));
+    for (const int64_t rows : {1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130}) {
       const int64_t out = random.pick<int64_t>({1, 5, 16, 127, 128, 150}),
-                    in = random.pick<int64_t>({1, 9, 16, 127, 129});
+                    in = random.pick<int64_t>({1, 9, 16, 127, 129, 300}), tile = random.pick<int64_t>({8, 128, 255});
       const double density = random.pick<double>({0.0, 0.05, 0.2, 0.6});
-      group.begin("%lld rows, %lld outputs, %lld inputs, density %g", static_cast<long long>(rows),
-                  static_cast<long long>(out), static_cast<long long>(in), density);
-      panels_case(group, random, Weight(random, out, in, density, pykd::kFloat32), rows, tile);
+      group.begin("%lld rows, %lld outputs, %lld inputs, density %g, tiles of %lld", static_cast<long long>(rows),
+                  static_cast<long long>(out), static_cast<long long>(in), density, static_cast<long long>(tile));
+      codes_case(group, random, Weight(random, out, in, density, pykd::kFloat32), rows, tile, dtype);
     }
   }
 }
@@ -185,6 +281,7 @@ void bitmask(const std::string& level) {
 void sparse(const std::string& level) {
   linear(level);
   panels(level);
+  codes(level);
   bitmask(level);
 }
 

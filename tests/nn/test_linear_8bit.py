@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from pykd.nn import COMPRESSED, Linear8bit
+from pykd.ops.dispatch import native
+from pykd.ops.int8_r16 import pack_r16
 from pykd.ops.linear_8bit import SCHEMES_8BIT, linear_8bit
 
 
@@ -84,6 +86,29 @@ def test_one_copy_of_the_weight_is_resident(zeros: float) -> None:
     compressed = Linear8bit.from_linear(linear)
     resident = sum(buffer.untyped_storage().nbytes() for buffer in compressed.buffers())
     assert resident <= 1.05 * (96 * 768 + 4 * 96)
+
+
+@pytest.mark.skipif(native is None, reason="panels of codes are the native kernel's")
+@pytest.mark.parametrize(("zeros", "resident"), [(0.8, {"packed", "panels", "scales"}), (0.99, {"panels", "scales"})])
+def test_a_pruned_layer_computes_from_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, zeros: float, resident: set[str]
+) -> None:
+    monkeypatch.setattr("pykd.nn.linear_8bit.least_rows", lambda density: 1 if density < 0.05 else 17)
+    _, compressed = layer(zeros)
+    assert set(dict(compressed.named_buffers())) == resident
+    state = compressed.state_dict()
+    assert set(state) == {"bitmask", "qvalues", "scales", "bias"}
+    codes = compressed._tensors()
+    for rows in (1, 20, 130):
+        x = torch.randn(rows, 67)
+        want = linear_8bit(x, pack_r16(*codes), bias=compressed.bias, out_features=45)
+        assert torch.equal(compressed(x), want)
+        rebuilt = Linear8bit.from_spec(compressed.spec())
+        rebuilt.load_state_dict(state)
+        for other in (rebuilt, copy.deepcopy(compressed), pickle.loads(pickle.dumps(compressed))):
+            assert torch.equal(other(x), want) and set(dict(other.named_buffers())) == resident
+    x = torch.randn(20, 67).double()
+    torch.testing.assert_close(compressed(x).float(), compressed(x.float()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.7])

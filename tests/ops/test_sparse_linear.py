@@ -12,6 +12,7 @@ from pykd.ops import sparse_linear as op
 from pykd.ops.bitmask import PackedSparse, bitmask_expand, pack_bits
 from pykd.ops.dispatch import cuda_library, native
 from pykd.ops.sparse_linear import sparse_linear, sparse_linear_reference
+from pykd.ops.sparse_panels import in_quads
 from pykd.ops.sparse_route import EXPAND_ROWS
 
 ROUTES = ["expand", "panels", "dense"] if native is not None else ["reference"]
@@ -56,6 +57,22 @@ def test_every_route_is_as_good_as_torch(isa: str, chosen: str, shape: tuple[int
     for rows in ROWS:
         x = torch.randn(rows, columns)
         assert_as_good_as_torch(sparse_linear(x, packed, bias), x, packed, bias)
+
+
+@pytest.mark.parametrize("shape", [(8, 300), (131, 140), (6, 9)], ids=str)
+def test_rows_that_keep_the_same_columns(isa: str, shape: tuple[int, int]) -> None:
+    """Blocks of 4 x 1, the last of them cut off: another pack, the same sums."""
+    out, columns = shape
+    mask = (torch.rand(-(-out // 4), columns) < 0.4).repeat_interleave(4, 0)[:out]
+    mask[:4] = False
+    packed, bias = PackedSparse(pack_bits(mask), torch.randn(int(mask.sum())), columns), torch.randn(out)
+    layout = op.layout_of(packed)
+    assert layout.quads
+    for rows in (1, 3, 16, 17, 70):
+        x = torch.randn(rows, columns)
+        assert_as_good_as_torch(op.run_route("panels", x, layout, bias), x, packed, bias)
+    mask[-1, 0] = ~mask[-1, 0]
+    assert not in_quads(pack_bits(mask)) or out % 4 == 1
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -245,7 +262,7 @@ def test_errors() -> None:
         sparse_linear(torch.randn(4, 30), packed._replace(values=packed.values[1:]))
     assert native is not None
     with pytest.raises(ValueError, match="a panel's tile has 1 to 255 columns"):
-        native.sparse_panels_bytes(packed.bitmask.data_ptr(), 30, 20, 256)
+        native.sparse_panels_bytes(packed.bitmask.data_ptr(), 30, 20, 256, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel is tested there")

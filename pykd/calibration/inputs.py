@@ -62,10 +62,10 @@ class Accumulator:
         """One call's input; mask [batch, positions] leaves out the padding where the input has these dimensions."""
         conv = isinstance(self.layer, nn.Conv2d)
         if self.values is not None:
-            self._add_sample((x if conv else _rows(x, mask)).float().flatten())
+            self._add_sample((x if conv else unpadded_rows(x, mask)).float().flatten())
         if self.products is None:
             return
-        pieces = _unfolded(self.layer, x) if isinstance(self.layer, nn.Conv2d) else iter([_rows(x, mask)])
+        pieces = _unfolded(self.layer, x) if isinstance(self.layer, nn.Conv2d) else iter([unpadded_rows(x, mask)])
         for piece in pieces:  # [blocks, rows, columns]
             self.products.baddbmm_(piece.transpose(1, 2), piece)
             self.rows += piece.shape[1]
@@ -91,7 +91,8 @@ class Accumulator:
             self.values.append(flat.cpu())
 
 
-def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+def unpadded_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows [1, rows, features] of a linear layer's input, without those that a mask of positions calls padding."""
     fits = mask is not None and x.dim() > mask.dim() and x.shape[: mask.dim()] == mask.shape
     rows = x[mask.bool()] if fits and mask is not None else x
     return rows.reshape(1, -1, x.shape[-1]).float()

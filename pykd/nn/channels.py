@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pykd.nn.slicing import attention_blocks, kept_count, strongest
 
 Example = Tensor | dict[str, Tensor]
-#: (squared norms: one row per layer of the group, one column per channel) -> score per channel
-Score = Callable[[Tensor], Tensor]
+#: (layer, whether it produces the channels) -> a value per output or input channel, None where it has no say
+Values = Callable[[nn.Module, bool], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ChannelGroup:
     root: nn.Module
     prune: Callable[..., Any]
     layers: tuple[str, ...]
-    energy: Tensor  # [members, channels] squared L2 norm of each member's slice
+    energy: Tensor  # [members, channels] what each member says of each channel, its squared L2 norm for instance
     blocks: int  # grouped convolutions need the same channels kept in each of so many blocks
 
     @property
@@ -38,11 +38,33 @@ class ChannelGroup:
 
 
 def group_magnitude(energy: Tensor) -> Tensor:
-    """Mean over the layers of a group of each channel's share of that layer's squared L2 norm; [channels].
+    """Mean over the layers of a group of each channel's share of that layer's squared L2 norm, or values; [channels].
 
     Shares, because one layer's weights may be many times another's without mattering more (batch norm cancels scale).
     """
     return (energy / energy.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).mean(0)
+
+
+def weight_norms(norm: int) -> Values:
+    """Sum of |w|^norm over a layer's slice of each channel, for convolutions, linear layers and batch norms.
+
+    >>> weight_norms(1)(nn.BatchNorm2d(3), True)
+    tensor([1., 1., 1.])
+    """
+
+    def values(module: nn.Module, produces: bool) -> Tensor | None:
+        weight: Tensor | None = getattr(module, "weight", None)
+        if not isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)) or weight is None:
+            return None
+        powers = weight.detach().float().abs().pow(norm)
+        if isinstance(module, nn.BatchNorm2d):
+            return powers
+        if produces:
+            return powers.flatten(1).sum(1)
+        columns = powers.transpose(0, 1).flatten(1).sum(1)
+        return columns.repeat(module.groups) if isinstance(module, nn.Conv2d) else columns
+
+    return values
 
 
 def remove_channels(
@@ -51,12 +73,13 @@ def remove_channels(
     sparsity: float,
     *,
     keep_layers: Collection[nn.Module] = (),
-    score: Score = group_magnitude,
+    values: Values | None = None,
 ) -> dict[str, list[int]]:
     """Remove the share ``sparsity`` (0..1) of the channels of every group, weakest first; in place.
 
     example: one batch the model accepts (a tensor, or a dict of its inputs). keep_layers: layers whose outputs must
-    stay as they are; the network's outputs always do. Returns ``{"layer, layer": [channels before, after]}``.
+    stay as they are; the network's outputs always do. values: what each layer says of each channel, combined by
+    `group_magnitude`; by default its squared L2 norm. Returns ``{"layer, layer": [channels before, after]}``.
     Raises ValueError for a model whose channels are a transformer's residual stream, or that has no convolution.
     """
     if attention_blocks(model):
@@ -65,13 +88,13 @@ def remove_channels(
             "use method='heads' or method='neurons'"
         )
     graph = _graph(model, example)
-    groups = _groups(graph, model, set(keep_layers) | _outputs(graph, model))
+    groups = _groups(graph, model, set(keep_layers) | _outputs(graph, model), values or weight_norms(2))
     if not groups:
         raise ValueError(f"{type(model).__name__} has no group of convolution channels that may be removed")
     changed: dict[str, list[int]] = {}
     with _restored_on_error(model):
         for group in groups:
-            drop = _weakest(score(group.energy), group.blocks, sparsity)
+            drop = _weakest(group_magnitude(group.energy), group.blocks, sparsity)
             if drop:
                 graph.get_pruning_group(group.root, group.prune, drop).prune()
                 changed[", ".join(group.layers)] = [group.channels, group.channels - len(drop)]
@@ -172,12 +195,12 @@ def _reaches_layer(node: Any) -> bool:
     return False
 
 
-def _groups(graph: Any, model: nn.Module, keep: set[nn.Module]) -> list[ChannelGroup]:
+def _groups(graph: Any, model: nn.Module, keep: set[nn.Module], values: Values) -> list[ChannelGroup]:
     names = {module: name for name, module in model.named_modules()}
     found = []
     for group in graph.get_all_groups(ignored_layers=list(keep), root_module_types=[nn.Conv2d]):
         channels = len(group[0].idxs)
-        rows = [row for item in group.items if (row := _energy(graph, item, channels)) is not None]
+        rows = [row for item in group.items if (row := _energy(graph, item, channels, values)) is not None]
         convs = [item.dep for item in group.items if isinstance(item.dep.target.module, nn.Conv2d)]
         layers = tuple(names[c.target.module] for c in convs if graph.is_out_channel_pruning_fn(c.handler))
         blocks = max((_blocks(c.target.module) for c in convs), default=1)
@@ -191,20 +214,12 @@ def _blocks(conv: nn.Conv2d) -> int:
     return 1 if conv.groups == conv.in_channels == conv.out_channels else conv.groups
 
 
-def _energy(graph: Any, item: Any, channels: int) -> Tensor | None:
-    """Squared norm of a member's slice per channel of the root, or None for members without weights."""
+def _energy(graph: Any, item: Any, channels: int, values: Values) -> Tensor | None:
+    """What a member says of each channel of the root, or None for one without a say."""
     module = item.dep.target.module
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)) or weight is None:
+    produces = isinstance(module, nn.BatchNorm2d) or graph.is_out_channel_pruning_fn(item.dep.handler)
+    per_index = values(module, produces)
+    if per_index is None:
         return None
-    data = weight.detach().float()
-    if isinstance(module, nn.BatchNorm2d):
-        per_index = data.square()
-    elif graph.is_out_channel_pruning_fn(item.dep.handler):
-        per_index = data.flatten(1).square().sum(1)
-    else:
-        per_index = data.transpose(0, 1).flatten(1).square().sum(1)
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
-            per_index = per_index.repeat(module.groups)
-    energy = torch.zeros(channels, device=data.device)
-    return energy.index_add_(0, torch.tensor(item.root_idxs, device=data.device), per_index[item.idxs])
+    energy = torch.zeros(channels, device=per_index.device)
+    return energy.index_add_(0, torch.tensor(item.root_idxs, device=per_index.device), per_index[item.idxs])

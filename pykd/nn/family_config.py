@@ -11,7 +11,7 @@ from torch import nn
 from pykd.nn.slicing import attention_blocks, feed_forward_blocks
 
 #: Names under which configs keep the width of every feed-forward block; the first that exists is meant.
-NEURONS = ("intermediate_size", "hidden_dim", "d_ff")
+NEURONS = ("intermediate_size", "hidden_dim", "d_ff", "n_inner")
 
 
 def update_config(model: nn.Module) -> None:

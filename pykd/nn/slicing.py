@@ -20,6 +20,7 @@ ATTENTION: dict[str, tuple[str, str, str, str]] = {
     "llama, mistral, qwen, gemma, vit": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "bart, opt, clip, whisper": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "vit of transformers 4, deit": ("attention.query", "attention.key", "attention.value", "output.dense"),
+    "gpt2": ("c_attn", "c_attn", "c_attn", "c_proj"),
 }
 #: Relative names of the projections into and out of the neurons of one feed-forward block.
 FEED_FORWARD: dict[str, tuple[tuple[str, ...], str]] = {
@@ -29,12 +30,13 @@ FEED_FORWARD: dict[str, tuple[tuple[str, ...], str]] = {
     "llama, mistral, qwen, gemma": (("gate_proj", "up_proj"), "down_proj"),
     "t5": (("wi",), "wo"),
     "t5 gated": (("wi_0", "wi_1"), "wo"),
+    "gpt2": (("c_fc",), "c_proj"),
 }
 #: Attributes that hold the width of one head, the number of query heads, of key heads, and heads times width.
 HEAD_SIZE = ("attention_head_size", "head_dim")
 QUERY_HEADS = ("num_attention_heads", "num_heads", "n_heads")
 KEY_HEADS = ("num_key_value_heads",)
-ALL_HEADS = ("all_head_size",)
+ALL_HEADS = ("all_head_size", "split_size")
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,24 @@ class AttentionBlock:
     holders: tuple[nn.Module, ...]  # modules that may carry head counts as attributes
 
     @property
+    def fused(self) -> bool:
+        """Whether one layer makes query, key and value, one after the other."""
+        return self.query is self.value
+
+    @property
+    def projections(self) -> tuple[nn.Linear, ...]:
+        """The layers that make query, key and value."""
+        return (self.query,) if self.fused else (self.query, self.key, self.value)
+
+    @property
     def units(self) -> int:
         """Key/value heads."""
-        return self.key.out_features // self.head_size
+        return self.key.out_features // self.head_size // (3 if self.fused else 1)
 
     @property
     def heads(self) -> int:
         """Query heads."""
-        return self.query.out_features // self.head_size
+        return self.query.out_features // self.head_size // (3 if self.fused else 1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,8 @@ def attention_blocks(model: nn.Module) -> list[AttentionBlock]:
             query, key, value, output = linears
             holders = (module, module.get_submodule(names[0].rpartition(".")[0]))
             size = _first_attribute(holders, HEAD_SIZE)
-            shapes_fit = size and query.out_features == output.in_features and key.out_features == value.out_features
+            width = query.out_features // (3 if query is value else 1)
+            shapes_fit = size and width == output.in_features and key.out_features == value.out_features
             if size and shapes_fit and not key.out_features % size and _only_per_head(module, linears, size):
                 found.append(AttentionBlock(name, query, key, value, output, size, holders))
                 break
@@ -113,9 +126,13 @@ def keep_heads(block: AttentionBlock, kept: Sequence[int]) -> None:
     size, per_unit = block.head_size, block.heads // block.units
     key_rows = _expand(kept, size)
     query_rows = _expand(kept, size * per_unit)
-    keep_rows(block.query, query_rows)
-    keep_rows(block.key, key_rows)
-    keep_rows(block.value, key_rows)
+    if block.fused:
+        width = block.output.in_features
+        keep_rows(block.query, torch.cat([query_rows + part * width for part in range(3)]))
+    else:
+        keep_rows(block.query, query_rows)
+        keep_rows(block.key, key_rows)
+        keep_rows(block.value, key_rows)
     keep_columns(block.output, query_rows)
     for holder in block.holders:
         _set_existing(holder, QUERY_HEADS, block.heads)
@@ -145,17 +162,17 @@ def keep_columns(linear: nn.Linear, kept: Tensor) -> None:
     linear.in_features = len(kept)
 
 
-def head_scores(block: AttentionBlock) -> Tensor:
-    """L2 norm of all weights that go with each key/value head; float32 [units]."""
-    rows = [_row_energy(layer).view(block.units, -1).sum(1) for layer in (block.query, block.key, block.value)]
-    columns = block.output.weight.detach().float().square().sum(0).view(block.units, -1).sum(1)
-    return (torch.stack(rows).sum(0) + columns).sqrt()
+def head_scores(block: AttentionBlock, *, norm: int = 2) -> Tensor:
+    """L1 or L2 norm of all weights that go with each key/value head; float32 [units]."""
+    parts = 3 if block.fused else 1
+    produced = torch.stack([_produced(layer, block.units, norm, parts) for layer in block.projections]).sum(0)
+    return _rooted(produced + _consumed(block.output, block.units, norm), norm)
 
 
-def neuron_scores(block: FeedForward) -> Tensor:
-    """L2 norm of all weights that go with each neuron; float32 [units]."""
-    rows = torch.stack([_row_energy(layer) for layer in block.inputs]).sum(0)
-    return (rows + block.output.weight.detach().float().square().sum(0)).sqrt()
+def neuron_scores(block: FeedForward, *, norm: int = 2) -> Tensor:
+    """L1 or L2 norm of all weights that go with each neuron; float32 [units]."""
+    produced = torch.stack([_produced(layer, block.units, norm) for layer in block.inputs]).sum(0)
+    return _rooted(produced + _consumed(block.output, block.units, norm), norm)
 
 
 def kept_count(units: int, sparsity: float) -> int:
@@ -173,8 +190,18 @@ def strongest(scores: Tensor, count: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
-def _row_energy(linear: nn.Linear) -> Tensor:
-    return linear.weight.detach().float().square().sum(1)
+def _produced(layer: nn.Linear, units: int, norm: int, parts: int = 1) -> Tensor:
+    """Sum over the rows of each unit of |w|^norm; a fused layer has them once in each of its parts."""
+    rows = layer.weight.detach().float().abs().pow(norm).sum(1)
+    return rows.view(parts, units, -1).sum((0, 2))
+
+
+def _consumed(layer: nn.Linear, units: int, norm: int) -> Tensor:
+    return layer.weight.detach().float().abs().pow(norm).sum(0).view(units, -1).sum(1)
+
+
+def _rooted(sums: Tensor, norm: int) -> Tensor:
+    return sums.sqrt() if norm == 2 else sums
 
 
 def _sliced(parameter: Tensor, dim: int, kept: Tensor) -> nn.Parameter:

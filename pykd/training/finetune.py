@@ -87,14 +87,7 @@ def finetune(
     classes = num_classes(model)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        check_batch(batch, classes=classes)
-        scores, labels = logits(model, batch), batch["labels"]
-        check_shapes(scores, labels)
-        if predicts_next(model):
-            scores, labels = scores[:, :-1], labels[:, 1:]
-        flat = scores.float().flatten(0, -2)
-        loss = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
-        return loss, {}
+        return label_loss(model, batch, classes=classes, label_smoothing=label_smoothing), {}
 
     settings = {"label_smoothing": label_smoothing}
     validate, guard = watched(validate, guard, data)
@@ -116,3 +109,17 @@ def finetune(
     parameters = config.to_dict() | settings
     add_record(model, stage="finetune", method="cross_entropy", parameters=parameters, **history.summary())
     return model
+
+
+def label_loss(model: nn.Module, batch: Batch, *, classes: int, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross entropy of a batch's labels, under the rules of `finetune`; a scalar.
+
+    Raises DataError for labels that are missing, out of range, or do not go with the logits.
+    """
+    check_batch(batch, classes=classes)
+    scores, labels = logits(model, batch), batch["labels"]
+    check_shapes(scores, labels)
+    if predicts_next(model):
+        scores, labels = scores[:, :-1], labels[:, 1:]
+    flat = scores.float().flatten(0, -2)
+    return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)

@@ -21,6 +21,7 @@ _LAZY: dict[str, str] = {
     "build_info": "pykd.ops.dispatch",
     "cache_teacher": "pykd.distillation",
     "compare": "pykd.evaluation",
+    "compress_to": "pykd.pipeline.compress",
     "convert_qat": "pykd.quantization",
     "distill": "pykd.distillation",
     "distill_chain": "pykd.distillation",

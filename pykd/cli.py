@@ -236,6 +236,36 @@ def quantize(
 
 
 @app.command()
+def compress(
+    model: ModelDir,
+    output: Annotated[Path, typer.Argument(help="folder of the search; an interrupted one goes on there")],
+    size_mb: Annotated[float | None, typer.Option(help="target: 10^6 bytes of the saved weights")] = None,
+    ratio: Annotated[float | None, typer.Option(help="target: times smaller than now")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="target: P95 of a call at batch 1 on this machine")] = None,
+    max_metric_drop: Annotated[float | None, typer.Option(help="target: share that the quality may lose")] = None,
+    epochs: Annotated[float, typer.Option(help="of training each candidate with the teacher, the model itself")] = 0.5,
+    batch_size: Annotated[int, typer.Option(min=1, help="of that training")] = 32,
+    lr: Annotated[float, typer.Option(help="of that training")] = 3e-4,
+    max_candidates: Annotated[int, typer.Option(min=1, help="how many are evaluated")] = 12,
+    max_seconds: Annotated[float | None, typer.Option(help="for how long new ones are begun")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    recipe: Recipe = None,
+    settings: Set = None,
+) -> None:
+    """Search depth x pruning x bits for the best model within a target; exit code 1 where none is."""
+    from pykd.pipeline.saved import compress_saved
+
+    limits = {"size_mb": size_mb, "ratio": ratio, "latency_ms": latency_ms, "max_metric_drop": max_metric_drop}
+    target = {name: value for name, value in limits.items() if value is not None}
+    training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    budget: dict[str, Any] = {"max_candidates": max_candidates, "max_seconds": max_seconds}
+    met, facts = compress_saved(model, output, target, recipe=recipe, overrides=settings or (), **training, **budget)
+    _table(facts)
+    if not met:
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(model: ModelDir) -> None:
     """Check a saved model: checksums, loading, one forward pass; report source, parameters and checksum."""
     from pykd.pipeline import verify_saved

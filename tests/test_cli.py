@@ -96,7 +96,11 @@ def test_compare_puts_models_beside_the_first(
 
 def test_help_lists_the_commands_and_python_m_pykd_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "pykd", "--help"], capture_output=True, text=True, check=True)
+<<<<<<< HEAD
     for command in ("run", "evaluate", "compare", "safety", "prune", "quantize", "verify", "info"):
+=======
+    for command in ("run", "evaluate", "prune", "quantize", "compress", "verify", "info"):
+>>>>>>> 108cf2f (compress_to: the best model within a size, a latency or a loss of quality)
         assert f"  {command} " in done.stdout
 
 
@@ -218,6 +222,18 @@ def test_quantize_by_the_data_that_the_model_was_made_for(
     wrong = failure(capsys, "quantize", tmp_path / "plain", tmp_path / "wrong", "--method", "awq")
     assert "plain does not say which data it was made for: name it by --recipe FILE" in wrong
     assert not (tmp_path / "wrong").exists()
+
+
+def test_compress_to_a_target_and_say_when_there_is_none(
+    capsys: pytest.CaptureFixture[str], saved: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    words = ["compress", saved, tmp_path / "search", "--epochs", 0, "--max-candidates", 1]
+    out = success(capsys, *words, "--ratio", 2)
+    assert "meets ratio 2" in out and (tmp_path / "search" / "report.html").exists()
+    assert "compress_to" in success(capsys, "verify", tmp_path / "search" / "model")
+    assert cli.main([str(word) for word in (*words, "--size-mb", 0.0001)]) == 1
+    assert "misses size_mb 0.0001" in capsys.readouterr().out
+    assert "a target is one or more of size_mb" in failure(capsys, *words)
 
 
 def test_embeddings_and_a_code_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:

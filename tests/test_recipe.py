@@ -123,6 +123,16 @@ def test_the_hash_is_of_what_is_computed() -> None:
             {"scheme": "mixed"},
             r"stages\[2\]\.quantize: scheme 'mixed' and its budget `bits` go together, got 'mixed' and None",
         ),
+        (
+            "stages/2",
+            {"compress_to": {"epochs": 1}},
+            r"stages\[2\]\.compress_to: a target is one or more of size_mb, ratio, .*, got none",
+        ),
+        (
+            "stages/2",
+            {"compress_to": {"ratio": 4, "schemes": ["w4a61"]}},
+            r"stages\[2\]\.compress_to: unknown scheme 'w4a61': did you mean 'w4a16'",
+        ),
         ("stages/2/quantize/samples", 0, r"stages\[2\]\.quantize\.samples: input should be greater than or equal to 1"),
         (
             "stages/2/quantize",
@@ -145,7 +155,7 @@ def test_the_hash_is_of_what_is_computed() -> None:
         ("data/image_sise", 8, r"data\.image_sise: unknown key 'image_sise': did you mean 'image_size'\?"),
         ("stagess", [], r"stagess: unknown key 'stagess': did you mean 'stages'\?"),
         ("stages/1/prune/sparsity", 1.0, r"stages\[1\]\.prune\.sparsity: input should be less than 1, got 1.0"),
-        ("stages/1", {}, r"stages\[1\]: a stage is one of distill, .* quantize, qat, but this one names none"),
+        ("stages/1", {}, r"stages\[1\]: a stage is one of distill, .* quantize, qat, compress_to, but this one names none"),
         ("stages/1", {"prune": {}, "quantize": {}}, r"stages\[1\]: a stage is one of .* names prune, quantize"),
         ("stages/1", "prune", r"stages\[1\]: expected a section of keys, got 'prune'"),
         ("stages", [], r"stages: list should have at least 1 item"),

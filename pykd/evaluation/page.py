@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 #: Parts of a stage's record that have a place of their own on the page.
-SHOWN_APART = {"curve", "stage", "method", "validations", "outcome"}
+SHOWN_APART = {"curve", "stage", "method", "validations", "outcome", "candidates"}
 #: From here on the per-class table is longer than the confusion matrix is high.
 MANY_CLASSES = 15
 
@@ -73,6 +73,7 @@ def context(story: Story) -> dict[str, Any]:
         "per_class": list(zip(final.per_class, baseline.per_class, strict=True)) if same_test else [],
         "flips": flips(final, baseline) if same_test else None,
         "examples": wrong_examples(final, baseline, story.data) if final.confusion else [],
+        "searches": {n: _search(r.details) for n, r in story.stages.items() if r.details.get("candidates")},
         "watched": {n: r.details for n, r in story.stages.items() if r.details.get("validations")},
         "validated": plots.validation_curves(validated) if validated else "",
         "stages": [
@@ -122,6 +123,17 @@ def pareto(comparison: Comparison) -> str:
     ]
     kind = "accuracy" if comparison.reports[0].task == "classification" else "quality score"
     return plots.pareto(points, comparison.front, kind)
+
+
+def _search(details: Mapping[str, Any]) -> dict[str, Any]:
+    """What a search says of itself, and its candidates as a plot."""
+    found = details["candidates"]
+    points = [
+        {"name": c["name"], "quality": c["quality"], "megabytes": c["size_bytes"] / 1e6, "ms": c["latency_p50_ms"]}
+        for c in found
+    ]
+    front = [index for index, candidate in enumerate(found) if candidate["front"]]
+    return {"outcome": details["outcome"], "plot": plots.pareto(points, front, "quality")}
 
 
 def footprint(report: Report) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from pykd.models.adapter import logits, num_classes, origin
 from pykd.models.example import example_batch
 from pykd.models.huggingface import TASKS, load_huggingface
 from pykd.nn.linear_8bit import STATIC
+from pykd.pipeline.compress import compress_to
 from pykd.pipeline.sources import build_data
+from pykd.pipeline.target import Target
 from pykd.pruning import check_prune, looks_at_data, prune
 from pykd.quantization import METHODS, check_embeddings, check_method, quantize
 from pykd.recipe import RecipeLike, load_recipe
@@ -109,6 +111,38 @@ def quantize_saved(
         quantize(model, method=method, data=data, **options)
 
     return _rewrite(Path(path), Path(output), verb)
+
+
+def compress_saved(
+    path: str | Path,
+    output: str | Path,
+    target: Mapping[str, float],
+    *,
+    recipe: RecipeLike | None = None,
+    overrides: Sequence[str] = (),
+    **options: Any,
+) -> tuple[bool, dict[str, Any]]:
+    """Load, `compress_to` the target (its options), save to ``output``/model; whether it is met, and what came of it.
+
+    The data are those of ``recipe``, by default of the recipe that made the model. Raises RecipeError when there is
+    none, and as `compress_to` does.
+    """
+    goal, folder = Target.of(target), Path(output)
+    data = _data_of(Path(path), recipe, overrides)
+    found = compress_to(load_saved(path), goal, data, output_dir=folder, **options)
+    provenance = {**_provenance(Path(path)), "made_from": str(path)}
+    saved = folder / "model"
+    save_pretrained(found.model, saved, tokenizer=_tokenizer(Path(path)), provenance=provenance, overwrite=True)
+    best, base = found.best.report, found.base
+    return found.met, {
+        "result": found.sentence,
+        "saved": str(saved),
+        "bytes": f"{base.size_bytes:,} -> {best.size_bytes:,} ({base.size_bytes / best.size_bytes:.2f}x smaller)",
+        "quality": f"{best.headline()}, was {base.headline()}",
+        "P95": f"{best.latency_p95_ms:.2f} ms, was {base.latency_p95_ms:.2f}",
+        "front": [one.report.name for one in found.front],
+        "report": str(folder / "report.html"),
+    }
 
 
 def verify_saved(path: str | Path) -> dict[str, Any]:

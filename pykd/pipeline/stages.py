@@ -13,11 +13,12 @@ from torch import nn
 from pykd.data import DataBundle
 from pykd.distillation import distill, distill_chain
 from pykd.distillation.chain import INDEX as CHAIN_INDEX
+from pykd.pipeline.compress import compress_to
 from pykd.pipeline.sources import build_model, make_student
 from pykd.pruning import prune
 from pykd.quantization import assign_bits, convert_qat, prepare_qat, quantize
 from pykd.recipe.guarded import Guarded
-from pykd.recipe.schema import MIXED, Chain, Distill, Prune, Qat, Quantize, Recipe, Stage
+from pykd.recipe.schema import MIXED, Chain, CompressTo, Distill, Prune, Qat, Quantize, Recipe, Stage
 from pykd.recipe.train import Train
 from pykd.training.checkpoint import has_checkpoint
 from pykd.training.guarded import Change, guarded_change
@@ -199,6 +200,27 @@ def _qat(settings: Any, model: nn.Module, context: Context) -> nn.Module:
     return convert_qat(_distill(settings, model, context))
 
 
+def _compress_to(settings: Any, model: nn.Module, context: Context) -> nn.Module:
+    assert isinstance(settings, CompressTo)
+    options = train_options(settings, context)
+    for name in ("checkpoint_dir", "resume", "label"):
+        del options[name]
+    names = ("depths", "prunings", "schemes", "embeddings", "group_size", "max_candidates", "max_seconds")
+    found = compress_to(
+        model,
+        settings.target(),
+        context.data,
+        teacher=context.teacher,
+        method=settings.quantization,
+        loss=_loss_options(settings),
+        latency_rounds=context.recipe.evaluate.latency_rounds,
+        output_dir=context.checkpoints,
+        **{name: getattr(settings, name) for name in names},
+        **options,
+    )
+    return found.model
+
+
 STAGES: dict[str, Callable[[Any, nn.Module, Context], nn.Module]] = {
     "distill": _distill,
     "chain": _chain,
@@ -206,4 +228,5 @@ STAGES: dict[str, Callable[[Any, nn.Module, Context], nn.Module]] = {
     "recover": _distill,
     "quantize": _quantize,
     "qat": _qat,
+    "compress_to": _compress_to,
 }

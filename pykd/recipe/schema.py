@@ -207,6 +207,39 @@ class Qat(Recover):
         return self
 
 
+class CompressTo(Recover):
+    """Search depth x pruning x bits for the best model within a target; each candidate follows the teacher first."""
+
+    size_mb: float | None = Field(None, description="10^6 bytes of the saved weights")
+    ratio: float | None = Field(None, description="times smaller than the model before this stage")
+    latency_ms: float | None = Field(None, description="P95 of a call at batch 1 on this machine")
+    max_metric_drop: float | None = Field(None, description="how much lower the accuracy or quality score may be")
+    depths: list[int | None] | None = Field(None, description="layers kept, null for all; none: thirds and half")
+    prunings: list[tuple[str, float] | None] | None = Field(None, description="[method, sparsity], null for none")
+    schemes: list[str | None] = Field([None, "w8a8", "w4a16"], description="as in quantize, null for none")
+    embeddings: str | None = "w8a16"
+    quantization: str = Field("rtn", description="how 4-bit codes are chosen: rtn, hqq, gptq or awq")
+    group_size: int | None = Field(64, ge=1)
+    max_candidates: int = Field(12, ge=1, description="how many are trained and evaluated")
+    max_seconds: float | None = Field(None, ge=0, description="for how long new ones are begun")
+
+    def target(self) -> dict[str, float]:
+        """The limits that are set."""
+        names = ("size_mb", "ratio", "latency_ms", "max_metric_drop")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @model_validator(mode="after")
+    def _in_reach(self) -> CompressTo:
+        if not self.target():
+            raise ValueError("a target is one or more of size_mb, ratio, latency_ms, max_metric_drop, got none")
+        for scheme in self.schemes:
+            if scheme is not None:
+                check_method(scheme, "rtn")
+        check_method("w4a16", self.quantization)
+        check_embeddings(self.embeddings)
+        return self
+
+
 class Stage(Section):
     """One step of the compression: exactly one of these keys."""
 
@@ -216,6 +249,7 @@ class Stage(Section):
     recover: Recover | None = None
     quantize: Quantize | None = None
     qat: Qat | None = None
+    compress_to: CompressTo | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -233,13 +267,13 @@ class Stage(Section):
 
     @property
     def kind(self) -> str:
-        """distill, chain, prune, recover, quantize or qat."""
+        """distill, chain, prune, recover, quantize, qat or compress_to."""
         return next(iter(self.model_fields_set))
 
     @property
-    def settings(self) -> Distill | Chain | Prune | Recover | Quantize | Qat:
+    def settings(self) -> Distill | Chain | Prune | Recover | Quantize | Qat | CompressTo:
         """What stands under the key."""
-        found: Distill | Chain | Prune | Recover | Quantize | Qat = getattr(self, self.kind)
+        found: Distill | Chain | Prune | Recover | Quantize | Qat | CompressTo = getattr(self, self.kind)
         return found
 
 
@@ -290,6 +324,6 @@ class Recipe(Section):
                     f"stages[{index}].{stage.kind} comes after stages[{packed}].{earlier}, whose packed weights no "
                     f"longer change: move {earlier} to the end"
                 )
-            if stage.kind in ("quantize", "qat"):
+            if stage.kind in ("quantize", "qat", "compress_to"):
                 packed = index
         return self

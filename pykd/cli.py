@@ -53,14 +53,18 @@ def run(
     short: Annotated[bool, typer.Option("--short", help="apply the recipe's own settings for a quick try")] = False,
     settings: Set = None,
 ) -> None:
-    """Do what a recipe says: data, teacher, stages, report, and the saved model reloaded in a new process."""
+    """Do what a recipe says: data, teacher, stages, report, and the saved model reloaded in a new process.
+
+    On several devices: accelerate launch -m pykd run RECIPE, or torchrun --nproc-per-node N -m pykd run RECIPE.
+    """
     from pykd.pipeline import run_chain
 
     identical = True
     for done in run_chain(
         recipe, output_dir=output, resume=resume, overwrite=overwrite, short=short, overrides=settings or ()
     ):
-        typer.echo(f"\n{done.summary(width=_columns())}\n")
+        if _rank() == 0:
+            typer.echo(f"\n{done.summary(width=_columns())}\n")
         identical &= done.reload.identical
     if not identical:
         raise typer.Exit(1)
@@ -298,6 +302,17 @@ def info() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code, after one sentence on stderr where something is wrong."""
+    code = _main(arguments)
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        # Taking a process group down can wait forever for its own threads, which want Python's lock.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _main(arguments: list[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words  # accepted anywhere, as newcomers write it
     words = [*(["--debug"] if debug else []), *(word for word in words if word != "--debug")]
@@ -332,8 +347,14 @@ def _sentence(error: Exception) -> tuple[str, int]:
 
 def _say(text: str, code: int) -> int:
     if text:
-        typer.echo(f"pykd: {text}", err=True)
+        process = f"process {_rank()}: " if _rank() else ""
+        typer.echo(f"pykd: {process}{text}", err=True)
     return code
+
+
+def _rank() -> int:
+    """Number of this process among those that a launcher started."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
 def _columns() -> int | None:
@@ -367,5 +388,5 @@ def _talk(level: int) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         package.addHandler(handler)
         package.propagate = False
-    handler.setLevel(level)
+    handler.setLevel(level if _rank() == 0 else logging.ERROR)
     package.setLevel(level)

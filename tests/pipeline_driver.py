@@ -3,7 +3,8 @@
     python tests/pipeline_driver.py RECIPE OUTPUT POINT...
 
 A point is WHERE:SIGNAL. The heavy imports happen once, here; each run is a fork, so that ten of them cost seconds.
-Prints one JSON line per point: exit code, what went to stderr. The runs after the first resume.
+Prints one JSON line per point: exit code, what went to stderr. The runs after the first resume; fresh=OUTPUT and
+again=OUTPUT go on in another folder. As one of several launched processes each run takes its own of the PORTS.
 """
 
 from __future__ import annotations
@@ -22,11 +23,19 @@ from typing import Any, NoReturn
 import pykd.cli
 import pykd.evaluation.measure as measure
 import pykd.pipeline.runner as runner
+from pykd.pipeline.reload import Reload
+from pykd.pipeline.saved import evaluate_saved
 from pykd.training.run import Run
 
 for heavy in ("sklearn.datasets", "transformers.models.vit.modeling_vit", "matplotlib.figure"):
     importlib.import_module(heavy)  # once, for all the forks
 measure.measure_throughput = functools.partial(measure.measure_throughput, seconds=0.01)
+
+
+def reload_here(model: Any, recipe: Any, predictions: Any, *, batch_size: int) -> Reload:
+    """The saved model evaluated in this process, not in one that imports everything again."""
+    found = evaluate_saved(model, recipe=recipe, batch_size=batch_size, latency_rounds=1).predictions
+    return Reload("pykd evaluate", len(found), sum(a != b for a, b in zip(found, predictions, strict=True)))
 
 
 def stop_here(ready: int) -> None:
@@ -74,9 +83,18 @@ def child(words: list[str], where: str, ready: int, stderr: str) -> NoReturn:
 
 
 def main(recipe: str, output: str, points: list[str]) -> None:
-    for number, point in enumerate(points):
+    resume, ports = False, os.environ.get("PORTS", "").split()
+    if ports:
+        runner.check_reload = reload_here
+    for point in points:
+        how, _, folder = point.partition("=")
+        if how in ("fresh", "again"):
+            output, resume = folder, how == "again"
+            continue
         where, _, name = point.rpartition(":")
-        words = ["run", recipe, "--output", output, *(["--resume"] if number else [])]
+        words = ["run", recipe, "--output", output, *(["--resume"] if resume else [])]
+        if ports:
+            os.environ["MASTER_PORT"] = ports.pop(0)
         with tempfile.NamedTemporaryFile() as stderr:
             waiting, ready = os.pipe()
             pid = os.fork()
@@ -90,7 +108,7 @@ def main(recipe: str, output: str, points: list[str]) -> None:
                 os.kill(pid, getattr(signal, name))
             os.close(waiting)
             _, status = os.waitpid(pid, 0)
-            text = stderr.read().decode()
+            text, resume = stderr.read().decode(), True
         print(json.dumps({"point": point, "code": os.waitstatus_to_exitcode(status), "stderr": text}), flush=True)
 
 

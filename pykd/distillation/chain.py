@@ -24,6 +24,7 @@ from pykd.models.students import derive
 from pykd.training.checkpoint import has_checkpoint
 from pykd.training.finetune import finetune
 from pykd.training.held_out import held_out
+from pykd.training.processes import Processes
 from pykd.training.record import add_record
 
 logger = logging.getLogger(__name__)
@@ -170,20 +171,24 @@ class _Run:
         told = [f"{name}: {spec}" for name, spec in students.items() if isinstance(spec, Mapping)]
         facts = [fingerprint(teacher), data.fingerprint, seed, list(students), told, sorted(map(str, options.items()))]
         self.identity = digest(facts)
-        if folder is None:
-            if resume:
-                raise ValueError("resume=True needs output_dir, the folder that the interrupted chain wrote to")
-            return
-        index = folder / INDEX
-        if index.exists():
-            known = json.loads(index.read_text(encoding="utf-8"))
-            if not resume or known["identity"] != self.identity:
-                how = "another chain" if resume else "a chain: continue it with resume=True"
-                raise ArtifactError(f"{folder} already holds {how}; or choose another output_dir")
-            self.finished = known["finished"]
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
+        if folder is None and resume:
+            raise ValueError("resume=True needs output_dir, the folder that the interrupted chain wrote to")
+        self.together = Processes()
+        self.finished = self.together.shared(lambda: self._begin(resume))
+
+    def _begin(self, resume: bool) -> dict[str, Any]:
+        """What is finished, of this very chain."""
+        if self.folder is None:
+            return {}
+        if not (self.folder / INDEX).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._write()
+            return {}
+        known: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        if not resume or known["identity"] != self.identity:
+            how = "another chain" if resume else "a chain: continue it with resume=True"
+            raise ArtifactError(f"{self.folder} already holds {how}; or choose another output_dir")
+        return dict(known["finished"])
 
     def by(self, guide: nn.Module | None) -> Callable[[nn.Module], nn.Module]:
         """A training by this teacher, or on labels alone, of the student that it is given."""
@@ -213,11 +218,11 @@ class _Run:
         model = train(None if spec is None else self._make(spec))
         if known is not None:
             return Link(**known), model
-        metrics = {metric: float(value) for metric, value in self.score(model).items()}
+        metrics = self.together.shared(lambda: {name: float(value) for name, value in self.score(model).items()})
         size = sum(p.numel() for p in model.parameters())
         link = Link(name, arm, teacher, size, metrics, round(time.perf_counter() - began, 3))
         self.finished[key] = asdict(link)
-        self._write()
+        self.together.once(self._write)
         return link, model
 
     def _make(self, spec: StudentLike) -> nn.Module:

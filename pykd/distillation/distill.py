@@ -155,6 +155,7 @@ def distill(
             checkpoint_dir=checkpoint_dir,
             resume=resume,
             log_file=log_file,
+            find_unused_parameters=terms is not None and not terms.through_head,
             progress=progress,
             label=label,
         )

@@ -65,6 +65,11 @@ class Terms:
         """Whether the teacher's logits for the training data say everything."""
         return all(each.method.compares == "logits" for each in self.methods)
 
+    @property
+    def through_head(self) -> bool:
+        """Whether the student's logits are compared, so that every one of its parameters has a gradient."""
+        return any(each.method.compares not in OBSERVED for each in self.methods)
+
     @contextlib.contextmanager
     def ready(self, example: Batch, *, seed: int) -> Iterator[None]:
         """Prepared for batches like ``example``, and what is compared is shown while inside."""

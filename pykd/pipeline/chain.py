@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from pykd.pipeline.directory import RunDirectory
 from pykd.pipeline.result import Run
 from pykd.pipeline.runner import Pipeline
 from pykd.recipe import Recipe, RecipeLike, load_recipe
+from pykd.training.processes import Processes
 
 
 def run(
@@ -29,7 +32,8 @@ def run(
     Teachers that are trained in a run are kept beside it in ``teachers/`` and used again by runs with the same data and
     settings. resume: skip what is finished and continue what was interrupted; on a CPU the result is the same to the
     bit. overwrite: replace another run in that folder. short: apply the recipe's own ``short`` settings. overrides:
-    ``key=value`` for the recipe. progress: bars on stderr; None shows them on a terminal only.
+    ``key=value`` for the recipe. progress: bars on stderr; None shows them on a terminal only. In the processes of
+    ``accelerate launch`` or torchrun the run is one run on all of them: all train, the first does the rest.
 
     Returns the finished Run. Raises RecipeError, DataError, ModelLoadError or ArtifactError, each with one sentence.
 
@@ -64,12 +68,20 @@ def run_chain(
     recipes = _recipes(recipe, overrides=overrides, short=short)
     path = Path(output_dir) if output_dir is not None else Path("runs") / recipes[0].name
     folders = [path, *(path / each.name for each in recipes[1:])]
-    again = [resume, *(resume and (folder / "run.json").exists() for folder in folders[1:])]
-    for each, folder, continued in zip(recipes, folders, again, strict=True):
-        RunDirectory(folder, each).check(resume=continued, overwrite=overwrite)
-    for each, folder, continued in zip(recipes, folders, again, strict=True):
-        with RunDirectory.open(folder, each, resume=continued, overwrite=overwrite) as directory:
-            yield Pipeline(each, directory, cache=path.parent / "teachers", progress=progress).execute()
+    together = Processes()
+
+    def check() -> list[bool]:
+        again = [resume, *(resume and (folder / "run.json").exists() for folder in folders[1:])]
+        for each, folder, continued in zip(recipes, folders, again, strict=True):
+            RunDirectory(folder, each).check(resume=continued, overwrite=overwrite)
+        return again
+
+    for each, folder, continued in zip(recipes, folders, together.shared(check), strict=True):
+        opened = RunDirectory.open(folder, each, resume=continued, overwrite=overwrite)
+        with contextlib.ExitStack() as stack:  # the first process holds the folder for all
+            directory = together.once(functools.partial(stack.enter_context, opened)) or RunDirectory(folder, each)
+            pipeline = Pipeline(each, directory, cache=path.parent / "teachers", progress=progress, together=together)
+            yield pipeline.execute()
 
 
 def _recipes(first: RecipeLike, *, overrides: Sequence[str], short: bool) -> list[Recipe]:

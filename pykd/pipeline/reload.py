@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pykd.errors import ArtifactError
+from pykd.training.processes import environment
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def check_reload(model: Path, recipe: Path, predictions: Sequence[int], *, batch
         command = [sys.executable, "-m", "pykd", "evaluate", str(model), "--recipe", str(recipe)]
         command += ["--threads", str(torch.get_num_threads()), "--batch-size", str(batch_size)]
         command += ["--latency-rounds", "1", "--predictions", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
         if done.returncode != 0 or not output.exists():
             last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
             raise ArtifactError(f"the saved model {model} could not be evaluated in a new process: {last}")

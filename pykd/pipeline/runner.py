@@ -29,7 +29,9 @@ from pykd.pipeline.sources import build_data, build_model, build_student, teache
 from pykd.pipeline.stages import Context, apply_stage, train_options
 from pykd.recipe import Recipe, recipe_hash
 from pykd.recipe.schema import Stage
+from pykd.recipe.train import Train
 from pykd.training import finetune
+from pykd.training.processes import Processes
 
 logger = logging.getLogger("pykd.pipeline")
 
@@ -38,10 +40,16 @@ TEACHER = "0-teacher"
 
 
 class Pipeline:
-    """One run between two stages. Every stage starts from what the one before saved, interrupted or not."""
+    """One run between two stages. Every stage starts from what the one before saved, interrupted or not.
 
-    def __init__(self, recipe: Recipe, directory: RunDirectory, *, cache: Path, progress: bool | None) -> None:
-        self.recipe, self.directory, self.cache, self.progress = recipe, directory, cache, progress
+    In several processes all train; the first alone does whatever else there is, and writes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, directory: RunDirectory, *, cache: Path, progress: bool | None, together: Processes
+    ) -> None:
+        self.recipe, self.directory, self.cache, self.together = recipe, directory, cache, together
+        self.progress = progress if together.rank == 0 else False
         self.names = [f"{number}-{stage.kind}" for number, stage in enumerate(recipe.stages, start=1)]
         kinds = [stage.kind for stage in recipe.stages]
         self.labels = {TEACHER: "teacher"} | {
@@ -57,19 +65,24 @@ class Pipeline:
         """Do what is not done yet. KeyboardInterrupt passes through: finished stages stay finished."""
         logger.info("run %s (recipe %s) in %s", self.recipe.name, self.directory.hash, self.directory.path)
         self.data = build_data(self.recipe)
-        self.directory.bind_data(self.data.fingerprint)
+        self.together.once(lambda: self.directory.bind_data(self.data.fingerprint))
         sizes = len(self.data.train), len(self.data.test), len(self.data.class_names)
         logger.info("data %s: %d to train on, %d held out, %d classes", self.data.name, *sizes)
         saved = self._teacher()
         for name, stage in zip(self.names, self.recipe.stages, strict=True):
-            record = self.directory.record(name)
-            if record is None:
+            if not self._finished(name):
                 self._stage(name, stage, saved)
-            else:
-                logger.info("%s: finished before, skipped", name)
-                self.measured.append(Measured.from_dict(record))
             saved = self.directory.model(name)
-        return self._conclude(saved)
+        return self.together.shared(lambda: self._conclude(saved))
+
+    def _finished(self, name: str) -> bool:
+        """Whether a stage was finished before; its measurements are taken from then."""
+        record = self.together.shared(lambda: self.directory.record(name))
+        if record is not None:
+            if name != TEACHER:
+                logger.info("%s: finished before, skipped", name)
+            self.measured.append(Measured.from_dict(record))
+        return record is not None
 
     def _teacher(self) -> Path:
         """The teacher's folder, made or found; with `train` in a cache that other runs share."""
@@ -77,18 +90,18 @@ class Pipeline:
         key = teacher_key(self.recipe, self.data)
         folder = self.cache / key if trained is not None else self.directory.model(TEACHER)
         began = time.perf_counter()
-        with _alone(self.cache / f".{key}.lock"):
-            cached = folder.exists()
+        with contextlib.ExitStack() as stack:
+            lock = _alone(self.cache / f".{key}.lock")
+            self.together.once(lambda: stack.enter_context(lock))
+            cached = self.together.shared(folder.exists)
             if not cached:
                 self._make_teacher(folder)
         self.teacher = self._load(folder)
         if trained is not None:
             logger.info("teacher: %s (%s)", "cached, not trained again" if cached else "trained in this run", folder)
-        record = self.directory.record(TEACHER)
-        if record is None:
-            self._measure(TEACHER, self.teacher, folder, None, began, cached=cached and trained is not None)
-        else:
-            self.measured.append(Measured.from_dict(record))
+        if not self._finished(TEACHER):
+            before = cached and trained is not None
+            self.together.once(lambda: self._measure(TEACHER, self.teacher, folder, None, began, cached=before))
         return folder
 
     def _make_teacher(self, folder: Path) -> None:
@@ -98,23 +111,36 @@ class Pipeline:
             logger.info("teacher: training with %s", spec.train.model_dump(exclude_unset=True) or "the defaults")
             context = self._context("teacher", folder.with_name(f"{folder.name}.checkpoints"))
             finetune(model, self.data, **train_options(spec.train, context))
-        save_pretrained(model, folder, tokenizer=self.data.tokenizer, provenance=self._provenance("teacher"))
-        shutil.rmtree(folder.with_name(f"{folder.name}.checkpoints"), ignore_errors=True)
+
+        def keep() -> None:
+            save_pretrained(model, folder, tokenizer=self.data.tokenizer, provenance=self._provenance("teacher"))
+            shutil.rmtree(folder.with_name(f"{folder.name}.checkpoints"), ignore_errors=True)
+
+        self.together.once(keep)
 
     def _stage(self, name: str, stage: Stage, before: Path) -> None:
         began = time.perf_counter()
         logger.info("%s: %s", name, stage.settings.model_dump(exclude_unset=True) or "defaults")
+        if isinstance(stage.settings, Train):
+            model = self._changed(name, stage, before)
+            self.together.once(lambda: self._keep(name, model, before, began))
+        else:
+            self.together.once(lambda: self._keep(name, self._changed(name, stage, before), before, began))
+
+    def _changed(self, name: str, stage: Stage, before: Path) -> nn.Module:
+        """The model that a stage makes of what the stage before saved."""
         first = name == self.names[0]
         model = build_student(self.recipe, self.teacher, self.data) if first and self.recipe.student else None
-        if model is None:
-            model = self._load(before)
         context = self._context(name, self.directory.checkpoints(name))
         try:
-            model = apply_stage(stage, model, context)
+            return apply_stage(stage, model if model is not None else self._load(before), context)
         except ValueError as error:
             if isinstance(error, PykdError):
                 raise
             raise RecipeError(f"stages[{int(name.split('-')[0]) - 1}].{stage.kind}: {error}") from error
+
+    def _keep(self, name: str, model: nn.Module, before: Path, began: float) -> None:
+        """Save and measure what a stage has made."""
         folder = self.directory.model(name)
         provenance = self._provenance(name)
         save_pretrained(model, folder, tokenizer=self.data.tokenizer, provenance=provenance, overwrite=True)

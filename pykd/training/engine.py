@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pykd.training.config import AUTOCAST, TrainConfig
+from pykd.training.processes import Processes, launched, on_cpu
 
 
 class Engine:
@@ -81,12 +80,12 @@ class Launched(Engine):
     Raises ValueError for FSDP1 and for DeepSpeed, which steps the optimizer itself: DistillationTrainer takes that.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, *, find_unused_parameters: bool = False) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        # A loss by hidden states leaves the head without gradients, for which DDP would wait.
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        self.together = Processes()
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
+        self.accelerator = Accelerator(cpu=on_cpu(), kwargs_handlers=handlers)
         kind = self.accelerator.distributed_type
         if kind == "DEEPSPEED" or (kind == "FSDP" and not self.accelerator.is_fsdp2):
             raise ValueError(
@@ -137,17 +136,14 @@ class Launched(Engine):
 
     def agree(self, value: Any) -> Any:
         """See Engine."""
-        if self.processes == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, device=self.device)
-        return box[0]
+        return self.together.agree(value)
 
 
-def engine_for(config: TrainConfig, device: torch.device) -> Engine:
+def engine_for(config: TrainConfig, device: torch.device, *, find_unused_parameters: bool = False) -> Engine:
     """Launched in the processes of `accelerate launch` (or torchrun), else Engine."""
-    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Launched(config, device) if launched else Engine(config, device)
+    if launched():
+        return Launched(config, device, find_unused_parameters=find_unused_parameters)
+    return Engine(config, device)
 
 
 def whole(tensor: Tensor) -> Tensor:

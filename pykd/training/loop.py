@@ -38,6 +38,7 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     log_file: str | Path | None = None,
+    find_unused_parameters: bool = False,
     progress: bool | None = None,
     label: str = "train",
 ) -> History:
@@ -46,7 +47,8 @@ def fit(
     loss_fn(model, batch) returns the scalar mean loss and what to note beside it. data is a bundle, or a loader of
     batches (dicts of tensors). modules: what the loss function uses and should be trained too without being part of the
     model (learned projections), by name; they are moved to the model's device, clipped together with the model, kept in
-    the checkpoints, and left trained. In the processes of ``accelerate launch`` the run is one run on all of them.
+    the checkpoints, and left trained. In the processes of ``accelerate launch`` or torchrun the run is one on all of
+    them; find_unused_parameters: DDP is not to wait for gradients of parameters that a loss does not reach.
 
     validate(model) returns metrics by name every ``config.validate_steps`` steps; the first, or the guard's, decides
     which model is the best. With ``guard`` a run that loses too much goes back to its best state with a lower learning
@@ -80,7 +82,8 @@ def fit(
             )
         watched["prune"] = prune.to_dict()
     with preserved_rng(), attached(prune, model):
-        run = Run(model, data, config, (settings or {}) | watched, checkpoint_dir, modules, prune)
+        run = Run(model, data, config, (settings or {}) | watched, checkpoint_dir, modules, prune,
+                  find_unused_parameters=find_unused_parameters)  # fmt: skip
         log = EventLog(log_file if run.engine.rank == 0 else None, label)
         watch = Watch(run, validate, guard, log)
         if not resume:

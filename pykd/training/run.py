@@ -49,9 +49,12 @@ class Run:
         checkpoint_dir: str | Path | None,
         modules: Mapping[str, nn.Module] | None = None,
         prune: Pruner | None = None,
+        *,
+        find_unused_parameters: bool = False,
     ) -> None:
         self.model, self.config, self.prune = model, config, prune
-        self.engine = engine_for(config, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.engine = engine_for(config, device, find_unused_parameters=find_unused_parameters)
         self.source = Source(
             data,
             batch_size=config.batch_size,
@@ -81,6 +84,8 @@ class Run:
             "total_steps": self.history.total_steps,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
+        if self.engine.processes > 1:
+            self.identity["processes"] = self.engine.processes
         if self.modules:
             sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in self.modules.items()}
             self.identity["modules"] = sizes

@@ -96,11 +96,7 @@ def test_compare_puts_models_beside_the_first(
 
 def test_help_lists_the_commands_and_python_m_pykd_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "pykd", "--help"], capture_output=True, text=True, check=True)
-<<<<<<< HEAD
-    for command in ("run", "evaluate", "compare", "safety", "prune", "quantize", "verify", "info"):
-=======
-    for command in ("run", "evaluate", "prune", "quantize", "compress", "verify", "info"):
->>>>>>> 108cf2f (compress_to: the best model within a size, a latency or a loss of quality)
+    for command in ("run", "evaluate", "compare", "safety", "prune", "quantize", "compress", "verify", "info"):
         assert f"  {command} " in done.stdout
 
 

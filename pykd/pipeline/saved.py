@@ -128,11 +128,11 @@ def compress_saved(
     none, and as `compress_to` does.
     """
     goal, folder = Target.of(target), Path(output)
-    data = _data_of(Path(path), recipe, overrides)
+    data = data_of(Path(path), recipe, overrides)
     found = compress_to(load_saved(path), goal, data, output_dir=folder, **options)
     provenance = {**_provenance(Path(path)), "made_from": str(path)}
     saved = folder / "model"
-    save_pretrained(found.model, saved, tokenizer=_tokenizer(Path(path)), provenance=provenance, overwrite=True)
+    save_pretrained(found.model, saved, tokenizer=tokenizer_of(Path(path)), provenance=provenance, overwrite=True)
     best, base = found.best.report, found.base
     return found.met, {
         "result": found.sentence,

@@ -114,6 +114,10 @@ def test_a_run_measures_every_stage_and_reloads_in_a_new_process(finished: Run) 
     for report in finished.reports[1:]:
         assert "teacher" in report.speedup_over
     assert finished.then is None
+    (recovery,) = finished.recoveries
+    qualities = [report.accuracy for report in finished.reports[1:4]]
+    assert recovery[1:] == tuple(qualities) and f"{recovery.sentence()}." in finished.summary()
+    assert recovery.sentence() in (finished.directory / "report.md").read_text()
 
 
 def test_guarded_stages_tell_what_they_decided(tmp_path: pathlib.Path, same_process: None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from pykd.data import DataBundle
 from pykd.evaluation import Comparison, Report, StageRecord, compare, write_report
 from pykd.evaluation.comparison import ratios
+from pykd.pipeline.recovery import Recovery, recoveries
 from pykd.pipeline.reload import Reload
 from pykd.recipe import Recipe
 
@@ -75,18 +76,31 @@ class Run:
         """All stages relative to the teacher, with a remark for each that brought nothing."""
         return compare(self.reports)
 
+    @property
+    def recoveries(self) -> tuple[Recovery, ...]:
+        """What each stage `recover` won back of what the pruning before it had cost."""
+        return tuple(recoveries([(entry.stage.partition("-")[2], entry.report) for entry in self.measured]))
+
     def followed_by(self, other: Run) -> Run:
         """The same run that also knows what came after it."""
         return replace(self, then=other)
 
     def write(self, data: DataBundle) -> None:
         """report.json, report.html and report.md in the run's folder."""
+        won = {each.name: {"recovered": each.share} for each in self.recoveries}
         stages = {
             entry.report.name: StageRecord(
-                seconds=entry.seconds, details={**entry.details, "sha256": entry.sha256, "cached": entry.cached}
+                seconds=entry.seconds,
+                details={
+                    **entry.details,
+                    **won.get(entry.report.name, {}),
+                    "sha256": entry.sha256,
+                    "cached": entry.cached,
+                },
             )
             for entry in self.measured
         }
+        back = [each.sentence() for each in self.recoveries]
         write_report(
             self.directory,
             self.comparison,
@@ -95,7 +109,7 @@ class Run:
             description=self.recipe.description,
             stages=stages,
             settings={"recipe": self.recipe.model_dump(mode="json"), "reload": self.reload.to_dict()},
-            remarks=[f"{sentence}." for sentence in (self.verdict(), self.reload.sentence(), self.times())],
+            remarks=[f"{sentence}." for sentence in (self.verdict(), *back, self.reload.sentence(), self.times())],
         )
 
     def times(self) -> str:
@@ -124,6 +138,7 @@ class Run:
                 self.comparison.text(width=width),
                 "",
                 f"{self.verdict()}.",
+                *(f"{each.sentence()}." for each in self.recoveries),
                 f"{self.reload.sentence()}.",
                 f"{self.times()}.",
                 f"model: {self.directory / 'model'}   report: {self.directory / 'report.html'}",

@@ -270,12 +270,46 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, bos_token_id=1, eos_token_id=2))
 
 
+def distilbert() -> nn.Module:
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=30)
+    )
+
+
+def camembert() -> nn.Module:
+    from transformers import CamembertConfig, CamembertForSequenceClassification
+
+    return CamembertForSequenceClassification(CamembertConfig(**COMMON, pad_token_id=1))
+
+
+def deepseek() -> nn.Module:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    config = DeepseekV3Config(**COMMON, **ranks, **experts, first_k_dense_replace=1, num_key_value_heads=2)
+    return DeepseekV3ForCausalLM(config)
+
+
+#: The encoder layer of BERT and its kin.
+ENCODER = {"attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"} | {
+    "intermediate.dense",
+    "output.dense",
+}
 #: Family -> the layers that lose weights, without the stack's name, and those that are named as left alone.
 LOSES: dict[Callable[[], nn.Module], tuple[set[str], set[str]]] = {
-    bert: (
-        {"attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"}
-        | {"intermediate.dense", "output.dense"},
-        {"cls.predictions.transform.dense", "cls.predictions.decoder"},
+    bert: (ENCODER, {"cls.predictions.transform.dense", "cls.predictions.decoder"}),
+    camembert: (ENCODER, {"classifier.dense", "classifier.out_proj"}),
+    distilbert: (
+        {f"attention.{x}_lin" for x in ("q", "k", "v", "out")} | {"ffn.lin1", "ffn.lin2"},
+        {"pre_classifier", "classifier"},
+    ),
+    deepseek: (
+        {f"self_attn.{x}" for x in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")}
+        | {f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+        {"lm_head"},
     ),
     vit: (
         {"attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import weakref
 from typing import NamedTuple
 
@@ -16,16 +14,13 @@ from .dispatch import (
     DTYPE_CODES,
     TABLE,
     Route,
-    check_cuda,
-    cuda_library,
-    cuda_stream,
     dtype_code,
     lib,
     native,
     num_threads,
     skips_dispatcher,
-    triton_available,
 )
+from .sparse_linear_gpu import run_cuda
 from .sparse_panels import TILE, in_quads, panels_pack
 from .sparse_route import route
 
@@ -75,6 +70,13 @@ def sparse_linear(x: Tensor, packed: PackedSparse, bias: Tensor | None = None) -
     return result
 
 
+def _fits(x: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None) -> bool:
+    """Whether `_check` would find nothing of a call on the CPU whose values it has seen: at a fraction of its cost."""
+    if bias is not None and not (bias.dtype in DTYPE_CODES and bias.is_cpu and bias.shape == bitmask.shape[:1]):
+        return False
+    return x.dtype in DTYPE_CODES and x.is_cpu and x.ndim > 0 and x.shape[-1] == in_features
+
+
 def _check(x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None) -> None:
     for name, tensor in (("x", x), ("values", values), ("bias", bias)):
         if tensor is not None and tensor.dtype not in DTYPE_CODES:
@@ -102,6 +104,7 @@ class Layout(NamedTuple):
     tail: Tensor  # the values from row `tail_row` on, with _READ_AHEAD zeros after them
     tail_row: int
     made: dict[object, Tensor]  # "panels": the pack, a dtype: the dense weight; each once a call has needed it
+    facts: dict[str, object]  # what the mask was found to be made of, once a call has asked
 
 
 _layouts: dict[int, Layout] = {}  # id of the values -> layout; an entry goes when its values go
@@ -126,9 +129,9 @@ def _make_layout(packed: PackedSparse, version: tuple[int, ...]) -> Layout:
     offsets = check_packed(packed)
     key = id(packed.values)
 
-    def forget(gone: weakref.ref[Tensor]) -> None:
-        if key in _layouts and _layouts[key].source is gone:
-            del _layouts[key]
+    def forget(gone: weakref.ref[Tensor], layouts: dict[int, Layout] = _layouts) -> None:  # bound: lives to the exit
+        if key in layouts and layouts[key].source is gone:
+            del layouts[key]
 
     values = packed.values.detach().contiguous()
     values = values.view_as(values)  # another object than `packed.values`, which the layout must not keep alive
@@ -137,7 +140,7 @@ def _make_layout(packed: PackedSparse, version: tuple[int, ...]) -> Layout:
     tail = F.pad(values[int(offsets[tail_row]) :], (0, _READ_AHEAD))
     own = PackedSparse(packed.bitmask.contiguous(), values, packed.in_features)
     quads = in_quads(own.bitmask)
-    return Layout(version, weakref.ref(packed.values, forget), own, own.density, quads, offsets, tail, tail_row, {})
+    return Layout(version, weakref.ref(packed.values, forget), own, own.density, quads, offsets, tail, tail_row, {}, {})
 
 
 def _panels(layout: Layout) -> Tensor:
@@ -151,9 +154,12 @@ def _panels(layout: Layout) -> Tensor:
 def _sparse_linear_cpu(
     x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None = None
 ) -> Tensor:
-    _check(x, values, bitmask, in_features, bias)
     layout = layout_of(PackedSparse(bitmask, values, in_features))
-    chosen = route(layout.density, x.shape[:-1].numel(), bitmask.shape[0], in_features, _name(values.dtype))
+    if "checked" not in layout.facts or not _fits(x, bitmask, in_features, bias):
+        _check(x, values, bitmask, in_features, bias)
+        layout.facts["checked"] = True
+    sizes = x.shape[:-1].numel(), bitmask.shape[0], in_features
+    chosen = route(layout.density, *sizes, _name(values.dtype), quads=layout.quads)
     return run_route(chosen, x, layout, bias)
 
 
@@ -211,44 +217,16 @@ def _run_panels(x: Tensor, layout: Layout, bias: Tensor | None, y: Tensor) -> No
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
-_GEMV_ROWS = 8  # rows of x up to which a warp per row of W beats expanding tiles for the tensor cores
-
 
 def _sparse_linear_cuda(
     x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None = None
 ) -> Tensor:
     _check(x, values, bitmask, in_features, bias)
     layout = layout_of(PackedSparse(bitmask, values, in_features))
-    rows, out_features, library = x.shape[:-1].numel(), bitmask.shape[0], cuda_library()
-    if 0 in (rows, in_features, out_features) or (library is None and not triton_available()):
-        return sparse_linear_reference(x, layout.packed, bias)
-    flat = x.reshape(rows, in_features).contiguous()
-    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
-    bias = None if bias is None else _float32(bias)
-    with torch.cuda.device(x.device):
-        if library is not None and (rows <= _GEMV_ROWS or not triton_available()):
-            _launch(library, flat, layout, bias, y)
-        else:
-            _triton(flat, layout, bias, y.view(rows, out_features))
-    return y
-
-
-def _launch(library: ctypes.CDLL, x: Tensor, layout: Layout, bias: Tensor | None, y: Tensor) -> None:
-    pointers = (x, layout.packed.bitmask, layout.packed.values, layout.offsets, bias, y)
-    sizes = (x.shape[0], x.shape[1], layout.packed.out_features)
-    code = library.pykd_cuda_sparse_linear(
-        *(ctypes.c_void_p(_address(tensor)) for tensor in pointers),
-        *(ctypes.c_int64(size) for size in sizes),
-        ctypes.c_int(dtype_code(x)),
-        ctypes.c_int(dtype_code(layout.packed.values)),
-        ctypes.c_void_p(cuda_stream(x.device)),
-    )
-    check_cuda(code, "sparse_linear")
-
-
-def _triton(x: Tensor, layout: Layout, bias: Tensor | None, y: Tensor) -> None:
-    kernel = importlib.import_module("pykd.kernels.sparse_linear")
-    kernel.sparse_linear(x, layout.packed.bitmask, layout.packed.values, layout.offsets, bias, y)
+    rows, out_features = x.shape[:-1].numel(), bitmask.shape[0]
+    empty = 0 in (rows, in_features, out_features)
+    y = None if empty else run_cuda(x.reshape(rows, in_features).contiguous(), layout, bias)
+    return sparse_linear_reference(x, layout.packed, bias) if y is None else y.view(*x.shape[:-1], out_features)
 
 
 def _sparse_linear_any(
@@ -295,6 +273,4 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 torch.library.register_autograd("pykd::sparse_linear", _backward, setup_context=_setup, lib=lib)
 
-TABLE.append(Route("sparse_linear", "cuda", f"CUDA library, up to {_GEMV_ROWS} rows or no Triton", "cuda"))
-TABLE.append(Route("sparse_linear", "cuda", "Triton", "triton"))
 TABLE.append(Route("sparse_linear", "any", "otherwise", "reference"))

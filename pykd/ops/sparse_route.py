@@ -28,6 +28,9 @@ THRESHOLDS: dict[str, list[tuple[float, float, float]]] = {
     "avx2": [(1, 0.8, 0.4), (2, 0.9, 0.35), (4, 0.9, 0.5), (32, 0.9, 1.0), (math.inf, 0.7, 1.0)],
     "avx512": [(4, 0.65, 0.25), (math.inf, 0.65, 1.0)],
 }
+#: Level -> density above which a weight whose rows keep the same columns in fours is faster dense, for more rows of x
+#: than EXPAND_ROWS. AVX2's was measured on a Zen 3, AVX-512's follows from the share of its peak that dense reaches.
+QUADS_DENSE = {"scalar": 0.65, "avx2": 0.95, "avx512": 0.85}
 #: Densities in the same 1 / DENSITY_STEPS are taken for alike.
 DENSITY_STEPS = 50
 
@@ -43,9 +46,10 @@ class Case(NamedTuple):
     density_step: int
 
 
-def case_of(density: float, out_features: int, in_features: int, dtype: str) -> Case:
+def case_of(density: float, out_features: int, in_features: int, dtype: str, quads: bool = False) -> Case:
     """The case of a weight in this process: its instruction-set level and number of threads belong to it."""
-    return Case(native.isa(), num_threads(), dtype, out_features, in_features, round(density * DENSITY_STEPS))
+    step, kind = round(density * DENSITY_STEPS), f"{dtype} in quads" if quads else dtype
+    return Case(native.isa(), num_threads(), kind, out_features, in_features, step)
 
 
 #: Rows of x -> route -> microseconds of a call.
@@ -56,10 +60,13 @@ _measured: dict[Case, Times] = {}
 _read: list[Path] = []
 
 
-def route(density: float, rows: int, out_features: int, in_features: int, dtype: str = "float32") -> str:
+def route(
+    density: float, rows: int, out_features: int, in_features: int, dtype: str = "float32", *, quads: bool = False
+) -> str:
     """The route of a call: the measured one whose number of rows is nearest, by ratio, or the thresholds' one.
 
-    dtype: element type of the values. Without the native module the answer is "reference".
+    dtype: element type of the values; quads: whether rows keep the same columns in fours (blocks of 4 x 1 and larger).
+    Without the native module the answer is "reference".
 
     >>> from pykd.ops.dispatch import native
     >>> native is None or by_thresholds(0.95, 128) == "dense"
@@ -70,15 +77,17 @@ def route(density: float, rows: int, out_features: int, in_features: int, dtype:
     if not _read:
         _read_file()
     if _measured:
-        times = _measured.get(case_of(density, out_features, in_features, dtype))
+        times = _measured.get(case_of(density, out_features, in_features, dtype, quads))
         if times:
             near = times[min(times, key=lambda measured: abs(math.log(measured / max(rows, 1))))]
             return min(candidates(rows), key=lambda name: near.get(name, math.inf))
-    return "dense" if rows * out_features * in_features < SMALL else by_thresholds(density, rows)
+    return "dense" if rows * out_features * in_features < SMALL else by_thresholds(density, rows, quads=quads)
 
 
-def by_thresholds(density: float, rows: int) -> str:
+def by_thresholds(density: float, rows: int, *, quads: bool = False) -> str:
     """The route of a large enough weight that was not measured."""
+    if quads and rows > EXPAND_ROWS:
+        return "dense" if density > QUADS_DENSE[native.isa()] else "panels"
     for most_rows, dense, expand in THRESHOLDS[native.isa()]:
         if rows <= most_rows:
             return "dense" if density > dense else "expand" if density > expand else "panels"
@@ -171,4 +180,7 @@ if native is not None:
             if _expand < 1:
                 _when = f"isa {_level}, up to {_rows:g} rows: density {_expand:g} to {_dense:g}"
                 TABLE.append(Route("sparse_linear", "cpu", _when, "native, expanded on the way"))
+    for _level, _dense in QUADS_DENSE.items():
+        _when = f"isa {_level}, more than {EXPAND_ROWS} rows, blocks of four rows: density up to {_dense:g}"
+        TABLE.append(Route("sparse_linear", "cpu", _when, "native, panels"))
     TABLE.append(Route("sparse_linear", "cpu", "otherwise", "native, panels"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from .bitmask import PackedSparse
 from .dispatch import native
@@ -40,7 +42,7 @@ def measure(packed: PackedSparse, *, rows: Sequence[int] = (1, 16, 128), again: 
     if native is None or packed.bitmask.device.type != "cpu" or cells == 0:
         return {}
     dtype = str(packed.values.dtype).removeprefix("torch.")
-    case = case_of(packed.density, packed.out_features, packed.in_features, dtype)
+    case = case_of(packed.density, packed.out_features, packed.in_features, dtype, layout_of(packed).quads)
     known = {} if again else remembered(case)
     missing = [number for number in dict.fromkeys(rows) if number not in known]
     if missing:
@@ -50,15 +52,28 @@ def measure(packed: PackedSparse, *, rows: Sequence[int] = (1, 16, 128), again: 
 
 @torch.no_grad()
 def _times(packed: PackedSparse, rows: int) -> dict[str, float]:
-    x = torch.randn(rows, packed.in_features, generator=torch.Generator().manual_seed(0)).to(packed.values.dtype)
-    layout, evict = layout_of(packed), torch.zeros(EVICT_BYTES, dtype=torch.uint8)
-    names = candidates(rows)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    x, layout = activations(rows, packed.in_features).to(packed.values.dtype), layout_of(packed)
+    return alternate({name: functools.partial(run_route, name, x, layout, None) for name in candidates(rows)})
+
+
+def activations(rows: int, in_features: int) -> Tensor:
+    """Normally distributed activations to measure with, float32 [rows, in_features]."""
+    return torch.randn(rows, in_features, generator=torch.Generator().manual_seed(0))
+
+
+def alternate(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median microseconds of each call: they take turns, and between two of them the caches are overwritten.
+
+    >>> sorted(alternate({"nothing": lambda: None, "sort": lambda: sorted(range(1000))}))
+    ['nothing', 'sort']
+    """
+    evict = torch.zeros(EVICT_BYTES, dtype=torch.uint8)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-1, ROUNDS):
-        for name in names:
+        for name, call in calls.items():
             evict.add_(1)
             start = time.perf_counter()
-            run_route(name, x, layout, None)
+            call()
             if turn >= 0:  # the first round makes the layouts
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(found) * 1e6 for name, found in seconds.items()}

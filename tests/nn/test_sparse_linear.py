@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 from collections.abc import Callable
 
@@ -184,9 +185,24 @@ def test_tuning_reports_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     _, layer = pruned()
     times = {1: {"dense": 40.0, "expand": 10.0, "panels": 20.0}, 16: {"dense": 40.0, "panels": 40.0}}
     monkeypatch.setattr("pykd.nn.sparse_linear.measure", lambda packed, *, rows: {r: times[r] for r in rows})
-    assert layer.tune((1, 16)) == {
-        "gain": 2.0, "routes": {"1": "expand", "16": "dense"}, "note": "2.00x faster than dense"
+    report = layer.tune((1, 16))
+    quantized = report.pop("quantized")
+    size = layer.values.nbytes + layer.bitmask.nbytes
+    assert report == {
+        "gain": 2.0, "routes": {"1": "expand", "16": "dense"}, "note": "2.00x faster than dense",
+        "us": {"1": 10.0, "16": 40.0}, "bytes": size,
     }  # fmt: skip
+    assert set(quantized) == {"w8a8", "w4a16"}
+    for of in quantized.values():
+        assert set(of["us"]) == {"1", "16"} and min(of["us"].values()) > 0 and 0 < of["bytes"] < size
+    assert type(layer) is SparseLinear and json.dumps(report | quantized)
     assert layer.tune((16,))["note"] == "no gain here: computed dense"
     monkeypatch.setattr("pykd.nn.sparse_linear.measure", lambda packed, *, rows: {})
     assert layer.tune() == {}
+
+
+def test_rows_measure_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(SparseLinear, "tune", lambda self, rows: asked.append(rows))
+    SparseLinear.from_linear(nn.Linear(8, 4), rows=(1, 16))
+    assert asked == [(1, 16)]

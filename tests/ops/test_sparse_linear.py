@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from pykd.ops import sparse_linear as op
+from pykd.ops import sparse_linear_gpu as gpu
 from pykd.ops.bitmask import PackedSparse, bitmask_expand, pack_bits
 from pykd.ops.dispatch import cuda_library, native
 from pykd.ops.sparse_linear import sparse_linear, sparse_linear_reference
@@ -25,7 +26,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Force one CPU route; the expanding kernel serves up to four rows, more go to the panels."""
     wanted: str = request.param
     monkeypatch.setattr(
-        op, "route", lambda density, rows, *_: "panels" if wanted == "expand" and rows > EXPAND_ROWS else wanted
+        op, "route", lambda density, rows, *_, quads: "panels" if wanted == "expand" and rows > EXPAND_ROWS else wanted
     )
     return wanted
 
@@ -273,7 +274,7 @@ def test_triton_in_the_interpreter(x_dtype: torch.dtype, value_dtype: torch.dtyp
     for rows in (1, 20, 65):
         x = torch.randn(rows, 45).to(x_dtype)
         y = torch.full((rows, 70), float("nan"), dtype=x_dtype)
-        op._triton(x, op.layout_of(packed), bias, y)
+        gpu.run_triton(x, op.layout_of(packed), bias, y)
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[x_dtype]
         torch.testing.assert_close(y, sparse_linear_reference(x, packed, bias), rtol=tolerance, atol=tolerance)
 
@@ -292,12 +293,61 @@ def test_gpu(x_dtype: torch.dtype, value_dtype: torch.dtype, kernel: str) -> Non
             if kernel == "cuda":
                 library = cuda_library()
                 assert library is not None, "build the CUDA library"
-                op._launch(library, x, op.layout_of(packed), bias, y)
+                gpu.launch(library, x, op.layout_of(packed), bias, y)
             else:
-                op._triton(x, op.layout_of(packed), bias, y)
+                gpu.run_triton(x, op.layout_of(packed), bias, y)
             tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[x_dtype]
             want = sparse_linear_reference(x, packed, bias)
             torch.testing.assert_close(y, want, rtol=tolerance, atol=tolerance * columns**0.5)
             torch.testing.assert_close(
                 sparse_linear(x, packed, bias), want, rtol=tolerance, atol=tolerance * columns**0.5
             )
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_in_the_interpreter(size: int, x_dtype: torch.dtype) -> None:
+    out, columns = 2 * size + 5, 3 * size - 7
+    kept = torch.rand(3, 3) < 0.5
+    kept[1] = False  # an empty row of blocks
+    mask = kept.repeat_interleave(size, 0).repeat_interleave(size, 1)[:out, :columns]
+    packed = PackedSparse(pack_bits(mask), torch.randn(int(mask.sum())).to(x_dtype), columns)
+    assert gpu.block_size(packed.bitmask, columns) == size
+    blocks = gpu.make_blocks(packed.values, packed.bitmask, columns, size)
+    assert blocks.values.shape == (int(kept.sum()), size, size) and blocks.offsets[-1] == int(kept.sum())
+    if torch.cuda.is_available():
+        return  # test_gpu_structures runs it there
+    for rows, bias in ((1, None), (20, torch.randn(out)), (70, torch.randn(out))):
+        x = torch.randn(rows, columns).to(x_dtype)
+        y = torch.full((rows, out), float("nan"), dtype=x_dtype)
+        gpu.run_triton(x, op.layout_of(packed), bias, y)
+        tolerance = 2e-2 if x_dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(y, sparse_linear_reference(x, packed, bias), rtol=tolerance, atol=tolerance)
+
+
+def test_what_torch_multiplies_as_2_of_4() -> None:
+    mask = torch.zeros(64, 32, 4, dtype=torch.bool)
+    mask[..., 1:3] = True
+    values = torch.randn(64 * 64).half()
+    packed = PackedSparse(pack_bits(mask.view(64, 128)), values, 128)
+    assert gpu.fits_semi(torch.float16, op.layout_of(packed))
+    assert not gpu.fits_semi(torch.bfloat16, op.layout_of(packed))
+    assert not gpu.fits_semi(torch.float16, op.layout_of(random_packed(64, 128, 0.9, torch.float16)))
+    assert not gpu.fits_semi(torch.float16, op.layout_of(random_packed(60, 128, 0.1, torch.float16)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("structure", ["2:4", "64x64"])
+def test_gpu_structures(structure: str, dtype: torch.dtype) -> None:
+    if structure == "2:4":
+        order = torch.rand(256, 64, 4).argsort(-1)
+        mask = (order < 2).view(256, 256)
+    else:
+        mask = (torch.rand(4, 4) < 0.5).repeat_interleave(64, 0).repeat_interleave(64, 1)
+    values, bitmask = torch.randn(int(mask.sum())).to("cuda", dtype), pack_bits(mask).cuda()
+    packed = PackedSparse(bitmask, values, 256)
+    for rows in (3, 100, gpu.SEMI_ROWS + 3):
+        x, bias = torch.randn(rows, 256, device="cuda").to(dtype), torch.randn(256, device="cuda")
+        want = sparse_linear_reference(x, packed, bias)
+        torch.testing.assert_close(sparse_linear(x, packed, bias), want, rtol=3e-2, atol=3e-1)

@@ -43,6 +43,10 @@ def test_thresholds(isa: str) -> None:
     assert routes.by_thresholds(0.5, 1) == "expand"
     for rows in (1, 2, 4, 5, 32, 33, 10_000):
         assert routes.by_thresholds(0.5, rows) in routes.candidates(rows)
+    assert (
+        routes.by_thresholds(0.6, 128, quads=True) == "panels" and routes.by_thresholds(1.0, 128, quads=True) == "dense"
+    )
+    assert routes.by_thresholds(0.5, 1, quads=True) == "expand"
     assert routes.route(0.1, 1, 10, 100) == "dense" and routes.route(0.1, 1, 2000, 1000) == "panels"
 
 

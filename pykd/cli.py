@@ -71,6 +71,26 @@ def run(
 
 
 @app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="YAML file with one stage, `chain`")],
+    output: Annotated[Path | None, typer.Option(help="folder for the results; default runs/NAME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted study")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that is in the folder")] = False,
+    short: Annotated[bool, typer.Option("--short", help="apply the recipe's own settings for a quick try")] = False,
+    settings: Set = None,
+) -> None:
+    """Train several sizes on labels alone, distilled and through the chain; rank them and recommend one."""
+    from pykd.pipeline import run_study
+
+    done = run_study(
+        recipe, output_dir=output, resume=resume, overwrite=overwrite, short=short, overrides=settings or ()
+    )
+    typer.echo(f"\n{done.summary(width=_columns())}\n")
+    if not done.run.reload.identical:
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     model: ModelDir,
     recipe: Recipe = None,

@@ -104,6 +104,7 @@ def distill_chain(
     *,
     arms: Sequence[str] = ARMS,
     score: Score | None = None,
+    keep: Callable[[str, str, nn.Module], None] | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -116,7 +117,8 @@ def distill_chain(
     that the arms of a student start from the same weights. arms: which comparisons are trained beside the chain,
     "labels" (the student on labels alone) and "direct" (by the first teacher, without the assistants; for the first
     student that is the chain itself). score: metrics of a model, by default loss and accuracy of the held-out split
-    (:func:`pykd.training.held_out.held_out`). options: those of :func:`distill`, the same for all.
+    (:func:`pykd.training.held_out.held_out`). keep: called with student, arm and model when each is trained. options:
+    those of :func:`distill`, the same for all.
 
     With ``output_dir`` every training keeps its checkpoints in a folder there, and ``chain.json`` holds what is
     finished: ``resume=True`` goes on where it was interrupted. The record on the last student's ``pykd_report`` has all
@@ -137,6 +139,7 @@ def distill_chain(
             raise ValueError(nearest("arm", arm, ARMS))
     score = score or (lambda model: held_out(model, data))
     run = _Run(teacher, data, score, seed, options, None if output_dir is None else Path(output_dir), named, resume)
+    run.keep = keep
     chain = Chain()
     chain.links.append(run.measure("teacher", "teacher", "-", lambda _: teacher, None)[0])
     guide, guide_name = teacher, "teacher"
@@ -168,6 +171,7 @@ class _Run:
         self.teacher, self.data, self.score, self.seed, self.options = teacher, data, score, seed, options
         self.folder, self.finished = folder, dict[str, Any]()
         self._where: dict[str, Any] = {}
+        self.keep: Callable[[str, str, nn.Module], None] | None = None
         told = [f"{name}: {spec}" for name, spec in students.items() if isinstance(spec, Mapping)]
         facts = [fingerprint(teacher), data.fingerprint, seed, list(students), told, sorted(map(str, options.items()))]
         self.identity = digest(facts)
@@ -219,6 +223,8 @@ class _Run:
         if known is not None:
             return Link(**known), model
         metrics = self.together.shared(lambda: {name: float(value) for name, value in self.score(model).items()})
+        if self.keep is not None and spec is not None:
+            self.keep(name, arm, model)
         size = sum(p.numel() for p in model.parameters())
         link = Link(name, arm, teacher, size, metrics, round(time.perf_counter() - began, 3))
         self.finished[key] = asdict(link)

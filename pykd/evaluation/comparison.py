@@ -101,12 +101,12 @@ class Comparison:
         }
 
 
-def compare(reports: Sequence[Report], baseline: int = 0) -> Comparison:
+def compare(reports: Sequence[Report], baseline: int = 0, *, chained: bool = True) -> Comparison:
     """Compare models, in the order in which one was made from the other, with one of them, usually the teacher.
 
-    Every model after the first is also compared with the one before it: where that step made it neither smaller (by
-    1 %) nor faster (by 3 %), or only one of both, a remark says so. Speed ratios come from ``Report.speedup_over``
-    where the pair was timed in alternating rounds, else from the P50 latencies.
+    chained: every model after the first is also compared with the one before it: where that step made it neither
+    smaller (by 1 %) nor faster (by 3 %), or only one of both, a remark says so. Speed ratios come from
+    ``Report.speedup_over`` where the pair was timed in alternating rounds, else from the P50 latencies.
 
     Raises ValueError for no reports, for repeated names and for a baseline that is not there.
     """
@@ -116,7 +116,7 @@ def compare(reports: Sequence[Report], baseline: int = 0) -> Comparison:
     if not -len(reports) <= baseline < len(reports):
         raise ValueError(f"baseline {baseline} is out of range: there are {len(reports)} reports, counted from 0")
     first = reports[baseline]
-    remarks = [remark(now, before) for before, now in itertools.pairwise(reports)]
+    remarks = [remark(now, before) for before, now in itertools.pairwise(reports)] if chained else []
     return Comparison(
         reports=tuple(reports),
         baseline=baseline % len(reports),

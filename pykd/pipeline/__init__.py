@@ -6,15 +6,18 @@ from pykd.pipeline.chain import run, run_chain
 from pykd.pipeline.compare import compare_saved, safety_saved
 from pykd.pipeline.result import Run
 from pykd.pipeline.saved import evaluate_saved, prune_saved, quantize_saved, verify_saved
+from pykd.pipeline.study import StudyRun, run_study
 
 __all__ = [
     "Run",
+    "StudyRun",
     "compare_saved",
     "evaluate_saved",
     "prune_saved",
     "quantize_saved",
     "run",
     "run_chain",
+    "run_study",
     "safety_saved",
     "verify_saved",
 ]

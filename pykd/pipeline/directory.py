@@ -21,6 +21,8 @@ logger = logging.getLogger("pykd.pipeline")
 
 FORMAT_VERSION = 1
 
+#: Where a study writes its ranking.
+RANKING = "study.json"
 #: What a run writes, and so what starting over may delete.
 OWN = (
     "stages",
@@ -32,6 +34,7 @@ OWN = (
     "recipe.yaml",
     "run.log",
     "events.jsonl",
+    RANKING,
 )
 
 

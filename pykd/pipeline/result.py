@@ -47,7 +47,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. ``teacher`` and ``final`` are the reports at its two ends; ``then`` is the run that followed."""
+    """A finished run. ``teacher`` and ``final`` are the reports at its two ends; ``then`` is the run that followed.
+
+    chained: whether each model was made from the one before it.
+    """
 
     recipe: Recipe
     directory: Path
@@ -55,6 +58,7 @@ class Run:
     reload: Reload
     seconds: float
     then: Run | None = field(default=None)
+    chained: bool = True
 
     @property
     def reports(self) -> tuple[Report, ...]:
@@ -74,7 +78,7 @@ class Run:
     @property
     def comparison(self) -> Comparison:
         """All stages relative to the teacher, with a remark for each that brought nothing."""
-        return compare(self.reports)
+        return compare(self.reports, chained=self.chained)
 
     @property
     def recoveries(self) -> tuple[Recovery, ...]:

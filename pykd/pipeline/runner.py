@@ -63,11 +63,7 @@ class Pipeline:
 
     def execute(self) -> Run:
         """Do what is not done yet. KeyboardInterrupt passes through: finished stages stay finished."""
-        logger.info("run %s (recipe %s) in %s", self.recipe.name, self.directory.hash, self.directory.path)
-        self.data = build_data(self.recipe)
-        self.together.once(lambda: self.directory.bind_data(self.data.fingerprint))
-        sizes = len(self.data.train), len(self.data.test), len(self.data.class_names)
-        logger.info("data %s: %d to train on, %d held out, %d classes", self.data.name, *sizes)
+        self.prepare()
         saved = self._teacher()
         for name, stage in zip(self.names, self.recipe.stages, strict=True):
             if not self._finished(name):
@@ -83,6 +79,14 @@ class Pipeline:
                 logger.info("%s: finished before, skipped", name)
             self.measured.append(Measured.from_dict(record))
         return record is not None
+
+    def prepare(self) -> None:
+        """Read the data, and see that it is what the run began with."""
+        logger.info("run %s (recipe %s) in %s", self.recipe.name, self.directory.hash, self.directory.path)
+        self.data = build_data(self.recipe)
+        self.together.once(lambda: self.directory.bind_data(self.data.fingerprint))
+        sizes = len(self.data.train), len(self.data.test), len(self.data.class_names)
+        logger.info("data %s: %d to train on, %d held out, %d classes", self.data.name, *sizes)
 
     def _teacher(self) -> Path:
         """The teacher's folder, made or found; with `train` in a cache that other runs share."""

@@ -13,6 +13,7 @@ from torch import nn
 from pykd.data import DataBundle
 from pykd.distillation import distill, distill_chain
 from pykd.distillation.chain import INDEX as CHAIN_INDEX
+from pykd.distillation.chain import Chain as ChainOfStudents
 from pykd.pipeline.compress import compress_to
 from pykd.pipeline.sources import build_model, make_student
 from pykd.pruning import prune
@@ -76,6 +77,15 @@ def _distill(settings: Any, model: nn.Module, context: Context) -> nn.Module:
 
 
 def _chain(settings: Any, model: nn.Module, context: Context) -> nn.Module:
+    made = apply_chain(settings, context)
+    logger.info("the chain:\n%s", made.table())
+    return made.student
+
+
+def apply_chain(
+    settings: Any, context: Context, *, keep: Callable[[str, str, nn.Module], None] | None = None
+) -> ChainOfStudents:
+    """Train the students of a chain and its arms; ``keep`` is called with each as it is finished."""
     assert isinstance(settings, Chain)
     options = train_options(settings, context)
     for name in ("checkpoint_dir", "resume", "label", "log_file"):
@@ -87,18 +97,17 @@ def _chain(settings: Any, model: nn.Module, context: Context) -> nn.Module:
         key = f"stages[0].chain.students.{name}"
         return lambda teacher: make_student(settings.students[name], context.recipe, teacher, context.data, key=key)
 
-    made = distill_chain(
+    return distill_chain(
         context.teacher,
         {name: maker(name) for name in settings.students},
         context.data,
         arms=settings.arms,
+        keep=keep,
         output_dir=context.checkpoints,
         resume=(context.checkpoints / CHAIN_INDEX).exists(),
         **_loss_options(settings),
         **options,
     )
-    logger.info("the chain:\n%s", made.table())
-    return made.student
 
 
 def _loss_options(settings: Distill) -> dict[str, Any]:

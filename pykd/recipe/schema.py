@@ -294,6 +294,22 @@ class Evaluate(Section):
     )
 
 
+class Weights(Section):
+    """What counts how much when students are ranked."""
+
+    quality: float = Field(default=0.6, ge=0, description="accuracy, or the task's quality score")
+    speed: float = Field(default=0.2, ge=0, description="at batch 1")
+    size: float = Field(default=0.2, ge=0, description="bytes on disk")
+    explanations: float = Field(default=0.0, ge=0, description="likeness of attributions to the teacher's")
+
+
+class Study(Section):
+    """How `pykd study` ranks the students of a chain."""
+
+    weights: Weights = Field(default_factory=Weights, description="of each student's share of the best one's value")
+    explain: int = Field(default=0, ge=0, description="examples whose attributions are compared with the teacher's")
+
+
 class Recipe(Section):
     """One run: data, teacher, student, stages."""
 
@@ -305,12 +321,15 @@ class Recipe(Section):
     student: Student | None = Field(None, description="None compresses the teacher itself")
     stages: list[Stage] = Field(min_length=1)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    study: Study | None = Field(None, description="the ranking of `pykd study`; only with a single stage `chain`")
     short: dict[str, Any] = Field(default_factory=dict, description="dotted keys that --short sets")
     then: str | None = Field(None, description="recipe file to run next, relative to this one")
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         packed = None
+        if self.study is not None and [stage.kind for stage in self.stages] != ["chain"]:
+            raise ValueError("study ranks the students of a chain: it goes with a single stage, `chain`")
         for index, stage in enumerate(self.stages):
             if stage.kind in ("chain", "qat") and getattr(stage.settings, "gradual", None) is not None:
                 raise ValueError(f"stages[{index}].{stage.kind} does not prune meanwhile: put gradual under recover")

@@ -1,0 +1,124 @@
+"""`pykd study`: every student of every arm measured and ranked, interrupted and continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pykd import cli
+from pykd.errors import RecipeError
+from pykd.pipeline import run_study
+from pykd.pipeline import study as module
+from pykd.pipeline.result import Measured
+from pykd.pipeline.study import Place, StudyRun, rank
+
+VIT = {
+    "model_type": "vit", "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+RECIPE: dict[str, Any] = {
+    "name": "sizes",
+    "data": {"kind": "digits", "image_size": 8, "test_size": 60},
+    "teacher": {"source": "huggingface", "config": VIT, "train": {"max_steps": 6, "batch_size": 32, "lr": 3e-3}},
+    "stages": [{"chain": {"students": {"half": {"depth": 1}, "thin": {"depth": 1, "hidden_size": 16}}, "max_steps": 4,
+                          "batch_size": 32, "arms": ["labels", "direct"]}}],
+    "evaluate": {"latency_rounds": 2, "speed_rounds": 2},
+    "study": {"weights": {"quality": 0.5, "speed": 0.2, "size": 0.2, "explanations": 0.1}, "explain": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRun]:
+    folder = tmp_path_factory.mktemp("study") / "sizes"
+    return folder, run_study(RECIPE, output_dir=folder, progress=False)
+
+
+def test_every_student_of_every_arm_is_saved_measured_and_ranked(done: tuple[Path, StudyRun]) -> None:
+    folder, found = done
+    names = {"half-chain", "half-labels", "thin-chain", "thin-labels", "thin-direct"}
+    assert {place.name for place in found.ranking} == names
+    assert {report.name for report in found.run.reports} == names | {"teacher"}
+    assert all((folder / "stages" / name / "model.safetensors").exists() for name in names)
+    assert found.run.final.name == found.ranking[0].name and found.run.reload.identical
+    scores = [place.score for place in found.ranking]
+    assert scores == sorted(scores, reverse=True) and 0 < scores[-1] <= scores[0] <= 1
+    assert all(max(place.shares[name] for place in found.ranking) == pytest.approx(1) for name in ("quality", "size"))
+    written = json.loads((folder / "study.json").read_text())
+    assert written["recommended"] == found.ranking[0].name and len(written["ranking"]) == 5
+    assert found.recommendation() in found.summary() and "lost / won" not in found.summary()
+    assert not found.run.comparison.remarks, "students were not made from one another"
+
+
+def test_a_finished_study_is_read_back(done: tuple[Path, StudyRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, found = done
+    monkeypatch.setattr(module, "evaluate", None)
+    again = run_study(RECIPE, output_dir=folder, resume=True, progress=False)
+    assert again.ranking == found.ranking and again.run.reports == found.run.reports
+
+
+def test_an_interrupted_study_goes_on(
+    done: tuple[Path, StudyRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, real = [], module.evaluate
+
+    def stops(model: Any, data: Any, *, name: str, **options: Any) -> Any:
+        if name == "thin-chain" and name not in measured:
+            measured.append(name)
+            raise KeyboardInterrupt
+        measured.append(name)
+        return real(model, data, name=name, **options)
+
+    monkeypatch.setattr(module, "evaluate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(RECIPE, output_dir=tmp_path / "sizes", progress=False)
+    found = run_study(RECIPE, output_dir=tmp_path / "sizes", resume=True, progress=False)
+    assert sorted(measured) == sorted([*(place.name for place in found.ranking), "thin-chain"])
+    before = {report.name: report.predictions for report in done[1].run.reports}
+    assert {report.name: report.predictions for report in found.run.reports} == before
+
+
+def entry(name: str, **values: Any) -> Measured:
+    class Numbers:
+        def __init__(self) -> None:
+            self.name, self.size_bytes = name, values.get("size", 100)
+            self.speedup_over = {"teacher": values.get("speed", 1.0)}
+            self.latency_p50_ms = 1.0
+
+        def quality(self) -> float:
+            return float(values.get("quality", 0.5))
+
+    details = {"explanations": {"cosine": values["alike"]}} if "alike" in values else {}
+    return Measured(name, Numbers(), 0.0, "", False, details)  # type: ignore[arg-type]
+
+
+def test_the_weights_decide() -> None:
+    good, fast = entry("good", quality=0.8, speed=1.0, size=200), entry("fast", quality=0.6, speed=4.0, size=100)
+    assert [place.name for place in rank([good, fast], {"quality": 1.0})] == ["good", "fast"]
+    best, second = rank([good, fast], {"quality": 1.0, "speed": 1.0})
+    assert best == Place("fast", pytest.approx(0.875), {"quality": pytest.approx(0.75), "speed": 1.0, "size": 1.0})
+    assert second.score == pytest.approx(0.625) and second.shares["size"] == 0.5
+
+
+def test_explanations_count_where_they_are_measured() -> None:
+    alike, not_alike = entry("alike", alike=0.9), entry("not", alike=-0.3)
+    first, second = rank([not_alike, alike], {"explanations": 1.0})
+    assert (first.name, first.score, second.score) == ("alike", 1.0, 0.0)
+    with pytest.raises(RecipeError, match=r"needs explanations: set study\.explain above 0, or weigh it 0"):
+        rank([entry("none")], {"explanations": 0.5})
+    with pytest.raises(RecipeError, match="at least one weight must be above 0"):
+        rank([entry("none")], {"quality": 0.0})
+
+
+def test_other_recipes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = {**RECIPE, "student": {"depth": 1}, "stages": [{"distill": {}}], "study": None}
+    with pytest.raises(RecipeError, match="a study compares the students of one `chain` stage"):
+        run_study(other, output_dir=tmp_path / "x")
+    with pytest.raises(RecipeError, match="study ranks the students of a chain: it goes with a single stage, `chain`"):
+        run_study({**other, "study": {}}, output_dir=tmp_path / "x")
+    file = tmp_path / "other.yaml"
+    file.write_text(json.dumps(other))
+    assert cli.main(["study", str(file)]) == 2
+    assert "a study compares the students" in capsys.readouterr().err

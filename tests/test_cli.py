@@ -16,6 +16,7 @@ import torch
 
 import pykd
 from pykd import cli
+from pykd.io.load import from_pretrained
 from pykd.io.save import save_pretrained
 from pykd.models.huggingface import load_huggingface
 from pykd.models.torchvision import load_torchvision
@@ -294,3 +295,18 @@ def test_whatever_happens_there_is_one_sentence(
 
     monkeypatch.setattr("pykd.pipeline.run_chain", broken)
     assert sentence in failure(capsys, "run", recipe, code=code)
+
+
+def test_prune_takes_what_recipes_take(
+    capsys: pytest.CaptureFixture[str], saved: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    few = ["--samples", 8]
+    success(capsys, "prune", saved, tmp_path / "a", "--method", "sparsegpt", "--pattern", "2:4", *few)
+    success(capsys, "prune", saved, tmp_path / "b", "--method", "neurons", "--importance", "taylor", *few)
+    for folder, method in (("a", "sparsegpt"), ("b", "neurons")):
+        (stage,) = from_pretrained(tmp_path / folder).pykd_report[-1:]
+        assert (stage["stage"], stage["method"]) == ("prune", method) and stage["changed"]
+    wrong = ["prune", saved, tmp_path / "c"]
+    assert "unknown method 'sparsgpt': did you mean 'sparsegpt'" in failure(capsys, *wrong, "--method", "sparsgpt")
+    assert "unknown scope 'globl': did you mean 'global'" in failure(capsys, *wrong, "--scope", "globl")
+    assert "scope says over which single weights" in failure(capsys, *wrong, "--method", "heads", "--scope", "row")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from pykd.nn.bound_heads import bound_blocks
 from pykd.nn.slicing import attention_blocks, feed_forward_blocks
 
 #: Names under which configs keep the width of every feed-forward block; the first that exists is meant.
@@ -27,7 +28,7 @@ def update_config(model: nn.Module) -> None:
     name = next((name for name in NEURONS if isinstance(getattr(config, name, None), int)), None)
     if len(neurons) == 1 and name is not None:
         setattr(config, name, neurons.pop())
-    shapes = {(block.heads, block.units, block.head_size) for block in attention_blocks(model)}
+    shapes = {(block.heads, block.units, block.head_size) for block in (*attention_blocks(model), *bound_blocks(model))}
     if len(shapes) == 1:
         _set_if_valid(config, _head_changes(config, *shapes.pop()))
 

@@ -33,10 +33,10 @@ FEED_FORWARD: dict[str, tuple[tuple[str, ...], str]] = {
     "gpt2": (("c_fc",), "c_proj"),
 }
 #: Attributes that hold the width of one head, the number of query heads, of key heads, and heads times width.
-HEAD_SIZE = ("attention_head_size", "head_dim")
+HEAD_SIZE = ("attention_head_size", "head_dim", "key_value_proj_dim")
 QUERY_HEADS = ("num_attention_heads", "num_heads", "n_heads")
 KEY_HEADS = ("num_key_value_heads",)
-ALL_HEADS = ("all_head_size", "split_size")
+ALL_HEADS = ("all_head_size", "split_size", "inner_dim")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class AttentionBlock:
     output: nn.Linear
     head_size: int
     holders: tuple[nn.Module, ...]  # modules that may carry head counts as attributes
+    bias: nn.Embedding | None = None  # a position bias with one column per head
+    tie: str = ""  # blocks of one tie keep the same heads
 
     @property
     def fused(self) -> bool:
@@ -134,6 +136,9 @@ def keep_heads(block: AttentionBlock, kept: Sequence[int]) -> None:
         keep_rows(block.key, key_rows)
         keep_rows(block.value, key_rows)
     keep_columns(block.output, query_rows)
+    if block.bias is not None:
+        block.bias.weight = _sliced(block.bias.weight, 1, _expand(kept, per_unit))
+        block.bias.embedding_dim = block.heads
     for holder in block.holders:
         _set_existing(holder, QUERY_HEADS, block.heads)
         _set_existing(holder, KEY_HEADS, block.units)

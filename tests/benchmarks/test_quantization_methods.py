@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from pykd import finetune, save_pretrained
-from pykd.data import load_text
+from pykd import save_pretrained
 from pykd.models.huggingface import load_huggingface
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "bench_quantization_methods.py"
-EXTRACT = Path(__file__).parents[1] / "data_files" / "debian_sections.csv"
-CONFIG = {
-    "model_type": "bert", "vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 96, "max_position_embeddings": 40, "hidden_dropout_prob": 0.0,
-}  # fmt: skip
+from .conftest import CONFIG, EXTRACT, script
 
-
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_quantization_methods", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = script()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    torch.manual_seed(0)
-    data = load_text(EXTRACT, tokenizer=tokenizer, max_length=24, test_size=60)
-    net = load_huggingface(None, "sequence-classification", num_labels=len(data.class_names), config=CONFIG)
-    net = finetune(net, data, epochs=2, lr=2e-3, progress=False)
-    return save_pretrained(net, tmp_path_factory.mktemp("bench") / "model", tokenizer=tokenizer)
+bench = script("bench_quantization_methods")
 
 
 def run(model: Path, tmp_path: Path, *words: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pykd.errors import DataError
 from pykd.models.huggingface import load_huggingface
 from pykd.models.torchvision import load_torchvision
 from pykd.nn import slicing
+from pykd.nn.bound_heads import bound_blocks
 from pykd.pruning.measured import activations, taylor
 from pykd.training.finetune import label_loss
 
@@ -54,8 +55,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 NETWORKS = ("resnet18", "mobilenet_v2")
 FAMILIES = (*NETWORKS, *CONFIGS)
-#: Families whose heads cannot be removed alone: a bias over all heads, or projections shared by them.
-NO_HEADS = ("t5", "deepseek")
+#: Families whose heads cannot be removed: their projections go through ranks that all heads share.
+NO_HEADS = ("deepseek",)
 
 
 def build(family: str) -> nn.Module:
@@ -131,7 +132,7 @@ SAYS: dict[str, dict[str, int]] = {
     "bert": {"intermediate_size": 24},
     "camembert": {"intermediate_size": 24},
     "distilbert": {"hidden_dim": 24},
-    "t5": {"d_ff": 24},
+    "t5": {"d_ff": 24, "num_heads": 2},
     "llama": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
     "gpt2": {"n_inner": 24},
     "deepseek": {"intermediate_size": 24},
@@ -144,7 +145,7 @@ def test_the_config_says_what_it_can(family: str, pruned: dict[str, Any]) -> Non
     model, folder, _ = pruned[family]
     config = json.loads((folder / "config.json").read_text())
     assert {name: config[name] for name in SAYS[family]} == SAYS[family]
-    for block in slicing.attention_blocks(model):
+    for block in (*slicing.attention_blocks(model), *bound_blocks(model)):
         assert block.units == (1 if family == "llama" else 2) and block.heads == 2
 
 
@@ -250,7 +251,7 @@ def test_activations_are_means_without_padding() -> None:
 
 
 @pytest.mark.parametrize("importance", ["l1", "l2", "taylor", "activation"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "resnet18"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "resnet18"])
 def test_units_that_do_nothing_go_first(family: str, importance: str) -> None:
     """With half of the units silenced, removing half of them changes no output, whatever the score."""
     model = build(family)
@@ -268,7 +269,7 @@ def test_units_that_do_nothing_go_first(family: str, importance: str) -> None:
 @torch.no_grad()
 def silence_heads(model: nn.Module) -> None:
     """The first half of the units of each block: values and what reads them are zero, queries and keys small."""
-    for block in slicing.attention_blocks(model):
+    for block in (*slicing.attention_blocks(model), *bound_blocks(model)):
         half = block.output.in_features // 2
         block.output.weight[:, :half] = 0
         parts = 3 if block.fused else 1
@@ -288,6 +289,26 @@ def silence_channels(model: nn.Module) -> None:
     for tensor in (block.conv1.weight, block.bn1.weight, block.bn1.bias):
         tensor[::2] = 0
     block.conv2.weight[:, ::2] = 0
+
+
+def test_blocks_that_share_a_bias_lose_the_same_heads() -> None:
+    model: Any = build("t5")
+    before = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.detach().clone()
+    with torch.no_grad():
+        model.encoder.block[1].layer[0].SelfAttention.o.weight[:, 8:24] *= (
+            10  # heads 1 and 2 matter, by the second block
+        )
+    prune(model, "heads", 0.5, include=["encoder"])
+    first = model.encoder.block[0].layer[0].SelfAttention
+    assert torch.equal(first.relative_attention_bias.weight, before[:, 1:3]) and first.n_heads == 2
+    assert list(model.pykd_report[0]["changed"]) == [f"encoder.block.{i}.layer.0.SelfAttention" for i in (0, 1)]
+    assert model.config.num_heads == 4 and scores_of(model, "t5").isfinite().all()
+    model = prune(build("t5"), "heads", 0.5, exclude=["decoder.block.1.layer.0"])
+    skipped = model.pykd_report[0]["skipped"]
+    assert skipped == {
+        f"decoder.block.{i}.layer.0.SelfAttention": "excluded by 'decoder.block.1.layer.0'" for i in (0, 1)
+    }
+    assert len(model.pykd_report[0]["changed"]) == 4
 
 
 def test_labels_are_asked_for_by_taylor_alone() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pykd.training.processes import Processes, _portable, environment, on_cpu
+from pykd.training.processes import Processes, _portable, environment, launched, on_cpu
 
 DRIVER = Path(__file__).with_name("pipeline_driver.py")
 TRAIN = {"max_steps": 3, "batch_size": 8, "checkpoint_steps": 1}
@@ -28,7 +28,14 @@ RECIPE: dict[str, Any] = {
         "train": TRAIN,
     },
     "stages": [
-        {"chain": {**TRAIN, "students": {"large": {"depth": 1}, "small": {"hidden_size": 32}}, "arms": []}},
+        {
+            "chain": {
+                **TRAIN,
+                "students": {"large": {"depth": 1}, "small": {"hidden_size": 32}},
+                "arms": [],
+                "metric": "f1",
+            }
+        },
         {"prune": {"sparsity": 0.5}},
         {"recover": {**TRAIN, "method": {"logits": 1.0, "hidden": 1.0}, "guard": {}}},
         {"quantize": {"group_size": 32}},
@@ -94,6 +101,7 @@ def test_alone_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError, match="none"):
         together.once(lambda: {}["none"])
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launched() and not together.once(launched) and launched()
     assert "WORLD_SIZE" not in environment() and "PATH" in environment()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert on_cpu()

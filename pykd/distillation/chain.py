@@ -19,6 +19,8 @@ from pykd.data.bundle import DataBundle, digest
 from pykd.distillation.cache_files import fingerprint
 from pykd.distillation.distill import distill
 from pykd.errors import ArtifactError, nearest
+from pykd.evaluation.direction import higher_is_better
+from pykd.evaluation.validation import validator
 from pykd.io.files import atomic_write
 from pykd.models.students import derive
 from pykd.training.checkpoint import has_checkpoint
@@ -29,8 +31,8 @@ from pykd.training.record import add_record
 
 logger = logging.getLogger(__name__)
 
-#: How a student may be trained instead: on labels alone, or by the first teacher directly.
-ARMS = ("labels", "direct")
+#: How a student may be trained instead -> how a sentence says it.
+ARMS = {"labels": "on labels alone", "direct": "directly from the first teacher"}
 INDEX = "chain.json"
 
 #: Options of `derive`, a model to start from, or a function that makes one from the teacher.
@@ -59,6 +61,7 @@ class Chain:
 
     students: list[nn.Module] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
+    metric: str = "accuracy"
 
     @property
     def student(self) -> nn.Module:
@@ -82,6 +85,19 @@ class Chain:
                 found.setdefault(link.student, {})[link.arm] = gain
         return found
 
+    def sentences(self) -> list[str]:
+        """What distillation gained each student by the chain's metric, above 0 where the chain is better."""
+        higher, said = higher_is_better(self.metric, None), []
+        for name, gains in self.gains().items():
+            reached = self.metrics(name, "chain")[self.metric]
+            parts = [
+                f"{self.metrics(name, arm)[self.metric]:.4f} {ARMS[arm]} (gain "
+                f"{gains[arm][self.metric] if higher else -gains[arm][self.metric]:+.4f})"
+                for arm in gains
+            ]
+            said.append(f"{name}: {self.metric} {reached:.4f} by distillation in the chain, {', '.join(parts)}")
+        return said
+
     def table(self) -> str:
         """One line a link, as text with aligned columns."""
         names = list(dict.fromkeys(name for link in self.links for name in link.metrics))
@@ -94,7 +110,8 @@ class Chain:
 
     def to_dict(self) -> dict[str, Any]:
         """Links and gains as plain values."""
-        return {"links": [asdict(link) for link in self.links], "gains": self.gains()}
+        said = {"metric": self.metric, "sentences": self.sentences()}
+        return {"links": [asdict(link) for link in self.links], "gains": self.gains(), **said}
 
 
 def distill_chain(
@@ -102,8 +119,9 @@ def distill_chain(
     students: Mapping[str, StudentLike] | Sequence[StudentLike],
     data: DataBundle,
     *,
-    arms: Sequence[str] = ARMS,
+    arms: Sequence[str] = tuple(ARMS),
     score: Score | None = None,
+    metric: str | None = None,
     keep: Callable[[str, str, nn.Module], None] | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
@@ -117,7 +135,9 @@ def distill_chain(
     that the arms of a student start from the same weights. arms: which comparisons are trained beside the chain,
     "labels" (the student on labels alone) and "direct" (by the first teacher, without the assistants; for the first
     student that is the chain itself). score: metrics of a model, by default loss and accuracy of the held-out split
-    (:func:`pykd.training.held_out.held_out`). keep: called with student, arm and model when each is trained. options:
+    (:func:`pykd.training.held_out.held_out`). metric: the one that the gain is told by, by default the first of
+    ``score``, or accuracy; others than loss and accuracy, as "f1" or "chrf", are those of the data's task. keep: called
+    with student, arm and model when each is trained, in every process. options:
     those of :func:`distill`, the same for all.
 
     With ``output_dir`` every training keeps its checkpoints in a folder there, and ``chain.json`` holds what is
@@ -137,11 +157,14 @@ def distill_chain(
     for arm in arms:
         if arm not in ARMS:
             raise ValueError(nearest("arm", arm, ARMS))
-    score = score or (lambda model: held_out(model, data))
+    score, metric = _scores(score, metric, data)
     run = _Run(teacher, data, score, seed, options, None if output_dir is None else Path(output_dir), named, resume)
     run.keep = keep
     chain = Chain()
     chain.links.append(run.measure("teacher", "teacher", "-", lambda _: teacher, None)[0])
+    chain.metric = metric or next(iter(chain.links[0].metrics))
+    if chain.metric not in chain.links[0].metrics:
+        raise ValueError(nearest("metric", chain.metric, chain.links[0].metrics))
     guide, guide_name = teacher, "teacher"
     for name, spec in named.items():
         link, model = run.measure(name, "chain", guide_name, run.by(guide), spec, needed=True)
@@ -155,10 +178,26 @@ def distill_chain(
                 chain.links.append(run.measure(name, arm, "teacher", run.by(teacher), spec)[0])
         guide, guide_name = model, name
         logger.info("%s: %s", name, link.metrics)
+    for sentence in chain.sentences():
+        logger.info("%s", sentence)
     parameters = {"students": list(named), "arms": list(arms)}
     add_record(chain.student, stage="distill_chain", method=" -> ".join(["teacher", *named]), parameters=parameters,
                **chain.to_dict())  # fmt: skip
     return chain
+
+
+def _scores(score: Score | None, metric: str | None, data: DataBundle) -> tuple[Score, str | None]:
+    """What a student is measured by, and the metric that counts where that is known before."""
+    if score is not None:
+        return score, metric
+    if metric in (None, "loss", "accuracy"):
+        return lambda model: held_out(model, data), metric or "accuracy"
+    validate = validator(data)
+
+    def task_metrics(model: nn.Module) -> dict[str, float]:
+        return {name: value for name, value in validate(model).items() if isinstance(value, (int, float))}
+
+    return task_metrics, metric
 
 
 class _Run:

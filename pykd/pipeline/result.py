@@ -104,7 +104,8 @@ class Run:
             )
             for entry in self.measured
         }
-        back = [each.sentence() for each in self.recoveries]
+        won_back = [each.sentence() for each in self.recoveries]
+        said = [self.verdict(), *self.gains(), *won_back, self.reload.sentence(), self.times()]
         write_report(
             self.directory,
             self.comparison,
@@ -113,7 +114,7 @@ class Run:
             description=self.recipe.description,
             stages=stages,
             settings={"recipe": self.recipe.model_dump(mode="json"), "reload": self.reload.to_dict()},
-            remarks=[f"{sentence}." for sentence in (self.verdict(), *back, self.reload.sentence(), self.times())],
+            remarks=[f"{sentence}." for sentence in said],
         )
 
     def times(self) -> str:
@@ -122,6 +123,10 @@ class Run:
         origin = "cached from an earlier run" if teacher.cached else f"{teacher.seconds:.0f} s"
         stages = [f"{entry.report.name} {entry.seconds:.0f} s" for entry in self.measured[1:]]
         return f"time: {self.seconds:.0f} s in all; teacher {origin}, {', '.join(stages)}"
+
+    def gains(self) -> list[str]:
+        """What distillation gained every student of a chain over the other ways to train it."""
+        return [said for entry in self.measured for said in entry.details.get("sentences", ())]
 
     def verdict(self) -> str:
         """Size, speed and errors of the result against the teacher, in a sentence."""
@@ -142,6 +147,7 @@ class Run:
                 self.comparison.text(width=width),
                 "",
                 f"{self.verdict()}.",
+                *(f"{said}." for said in self.gains()),
                 *(f"{each.sentence()}." for each in self.recoveries),
                 f"{self.reload.sentence()}.",
                 f"{self.times()}.",

@@ -102,6 +102,7 @@ def apply_chain(
         {name: maker(name) for name in settings.students},
         context.data,
         arms=settings.arms,
+        metric=settings.metric,
         keep=keep,
         output_dir=context.checkpoints,
         resume=(context.checkpoints / CHAIN_INDEX).exists(),

@@ -68,6 +68,7 @@ class Chain(Distill):
         ("labels", "direct"),
         description="what is trained beside the chain, to compare: each student on labels alone, or without assistants",
     )
+    metric: str | None = Field(None, description="what the arms are compared by, as f1 or chrf; none: accuracy")
 
 
 class Recover(Distill):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,8 +27,13 @@ TOLD = (
 )
 
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
 def launched() -> bool:
-    """Whether a launcher started this process."""
+    """Whether a launcher started this process, and it is not doing something for all (:meth:`Processes.once`)."""
+    if _alone.get():
+        return False
     return "ACCELERATE_DYNAMO_BACKEND" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -63,21 +69,27 @@ class Processes:
 
     def agree(self, value: Value) -> Value:
         """What the first process has for ``value``."""
-        if self.count == 1:
+        if self.count == 1 or _alone.get():
             return value
         box = [value]
         torch.distributed.broadcast_object_list(box, device=self.device)
         return box[0]
 
     def once(self, act: Callable[[], Value]) -> Value | None:
-        """``act()`` in the first process, for which the others wait: its result there, None in them; errors in all."""
+        """``act()`` in the first process, for which the others wait: its result there, None in them; errors in all.
+
+        What is trained inside is trained by that process alone.
+        """
         done: Value | None = None
         error: Exception | None = None
         if self.rank == 0:
+            before = _alone.set(True)
             try:
                 done = act()
             except Exception as caught:
                 error = caught
+            finally:
+                _alone.reset(before)
         elsewhere = self.agree(None if error is None or self.count == 1 else _portable(error))
         if error is not None:
             raise error

@@ -63,6 +63,13 @@ def test_each_link_and_its_arms() -> None:
     assert entry["stage"] == "distill_chain" and entry["method"] == "teacher -> medium -> small"
     assert entry["links"] == made.to_dict()["links"] and entry["gains"] == made.gains()
     json.dumps(entry, allow_nan=False)
+    reached = made.metrics("small", "chain")["accuracy"]
+    assert made.metric == "accuracy" and made.sentences()[1] == entry["sentences"][1] == (
+        f"small: accuracy {reached:.4f} by distillation in the chain, "
+        f"{made.metrics('small', 'labels')['accuracy']:.4f} on labels alone (gain {gain['labels']['accuracy']:+.4f}), "
+        f"{made.metrics('small', 'direct')['accuracy']:.4f} directly from the first teacher "
+        f"(gain {gain['direct']['accuracy']:+.4f})"
+    )
     lines = made.table().splitlines()
     assert len(lines) == 7 and lines[0].split() == [
         "student",
@@ -75,6 +82,18 @@ def test_each_link_and_its_arms() -> None:
     ]
     with pytest.raises(KeyError, match="no 'direct' arm of student 'medium' was trained"):
         made.metrics("medium", "direct")
+
+
+def test_the_metric_of_the_gain() -> None:
+    teacher, students = network(64), {"small": network(4)}
+    few = {**OPTIONS, "epochs": 1}
+    by_loss = distill_chain(teacher, students, bundle(), metric="loss", **few)
+    gained = by_loss.metrics("small", "labels")["loss"] - by_loss.metrics("small", "chain")["loss"]
+    assert by_loss.sentences()[0].endswith(f"(gain {gained:+.4f})")  # a loss improves by falling
+    by_f1 = distill_chain(teacher, students, bundle(), metric="f1", **few)
+    assert by_f1.metric == "f1" and {"f1", "precision", "accuracy"} <= set(by_f1.metrics("small", "labels"))
+    with pytest.raises(ValueError, match="unknown metric 'f2': Known: accuracy, f1, precision, recall"):
+        distill_chain(teacher, students, bundle(), metric="f2", **few)
 
 
 def test_students_derived_in_one_call(bundles: dict[str, DataBundle]) -> None:

@@ -206,7 +206,9 @@ def prune(
         float | None, typer.Option(help="share of weights, or of units per group, that goes; default 0.5")
     ] = None,
     scope: Annotated[str | None, typer.Option(help="weights: meet the share in global, layer or row")] = None,
-    pattern: Annotated[str | None, typer.Option(help="weights: so many kept of so many neighbours, as 2:4")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="weights: 2:4, two kept of four neighbours; 4x1, blocks of outputs x inputs")
+    ] = None,
     importance: Annotated[str | None, typer.Option(help="units: l2, l1, taylor or activation")] = None,
     samples: Annotated[
         int, typer.Option(min=1, help="training examples that wanda, sparsegpt, taylor and activation look at")

@@ -22,19 +22,33 @@ class Pattern(NamedTuple):
         return 1 - self.kept / self.group
 
 
-def pattern_of(text: object) -> Pattern:
-    """The pattern that a text like "2:4" names.
+class Block(NamedTuple):
+    """Weights that are kept or removed together: so many neighbouring outputs times so many neighbouring inputs."""
+
+    rows: int
+    columns: int
+
+
+def pattern_of(text: object) -> Pattern | Block:
+    """The pattern that a text like "2:4" or "4x1" names.
 
     Raises:
-        ValueError: it is no such text, or keeps none or all of the group.
+        ValueError: it is no such text, or keeps none or all of the group, or a block is a single weight.
 
-    >>> pattern_of("1:4")
-    Pattern(kept=1, group=4)
+    >>> pattern_of("1:4"), pattern_of("16x8")
+    (Pattern(kept=1, group=4), Block(rows=16, columns=8))
     """
-    found = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
-    if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise ValueError(f"pattern is N:M, N weights kept of M neighbours, as '2:4' or '1:4'; got {text!r}")
-    return Pattern(int(found[1]), int(found[2]))
+    found = re.fullmatch(r"(\d+)([:x])(\d+)", text) if isinstance(text, str) else None
+    if found is not None:
+        first, second = int(found[1]), int(found[3])
+        if found[2] == ":" and 0 < first < second:
+            return Pattern(first, second)
+        if found[2] == "x" and first * second > 1:
+            return Block(first, second)
+    raise ValueError(
+        "pattern is N:M, N weights kept of M neighbours, as '2:4' or '1:4', or RxC, blocks of outputs and inputs that "
+        f"go together, as '4x1' or '16x16'; got {text!r}"
+    )
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -125,3 +139,20 @@ def mask_of_pattern(scores: Tensor, pattern: Pattern) -> Tensor:
         raise ValueError(f"a pattern of {pattern.group} neighbours divides no row of {columns} inputs")
     groups = mask_of_rows(scores.reshape(-1, pattern.group), pattern.sparsity)
     return groups.view(rows, columns)
+
+
+def pooled(scores: Tensor, block: Block) -> Tensor:
+    """Mean score of each block, [ceil(rows / block.rows), ceil(columns / block.columns)]; at the edges of a part.
+
+    >>> pooled(torch.tensor([[1.0, 3.0, 5.0]]), Block(1, 2))
+    tensor([[2., 5.]])
+    """
+    options = {"kernel_size": block, "ceil_mode": True}
+    result: Tensor = torch.nn.functional.avg_pool2d(scores[None, None], **options)[0, 0]  # type: ignore[arg-type]
+    return result
+
+
+def unpooled(mask: Tensor, block: Block, shape: torch.Size) -> Tensor:
+    """The mask of all weights [rows, columns] from that of their blocks."""
+    whole = mask.repeat_interleave(block.rows, 0).repeat_interleave(block.columns, 1)
+    return whole[: shape[0], : shape[1]]

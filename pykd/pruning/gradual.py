@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pykd.errors import nearest
-from pykd.nn.importance import magnitude, mask_of_pattern
+from pykd.nn.importance import Block, Pattern, magnitude, mask_of_pattern
 from pykd.nn.masked import Masked, MaskedConv2d, MaskedLinear
 from pykd.nn.selection import as_linear, replace_layer
 from pykd.nn.sparse_conv import SparseConv2d
@@ -70,6 +70,10 @@ class Gradual:
         if self.method not in GRADUAL:
             raise ValueError(nearest("method of gradual pruning", self.method, GRADUAL))
         final = self.request.sparsity
+        if isinstance(self.request.pattern, Block):
+            raise ValueError(
+                f"gradual pruning takes patterns N:M, as '2:4', got {self.pattern!r}; prune() takes blocks"
+            )
         if not 0 <= self.begin < self.end <= 1:
             raise ValueError(
                 f"begin and end are shares of the steps, 0 <= begin < end <= 1, got {self.begin}, {self.end}"
@@ -143,7 +147,7 @@ class Gradual:
 
     def _masks(self, scores: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         request = self.request
-        if request.pattern is not None:  # of those that the pattern will remove, the weakest go first
+        if isinstance(request.pattern, Pattern):  # of those that the pattern will remove, the weakest go first
             for name, matrix in scores.items():
                 scores[name] = matrix.masked_fill(mask_of_pattern(matrix, request.pattern), torch.inf)
         now = Request(share, scope=self.scope)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pykd.errors import nearest
-from pykd.nn.importance import Pattern, pattern_of
+from pykd.nn.importance import Block, Pattern, pattern_of
 from pykd.pruning.weights import SCOPES
 
 #: Option -> the values that it takes, None where a rule of its own holds.
@@ -46,7 +46,7 @@ def looks_at_data(method: object, importance: object) -> bool:
     return method in CALIBRATED or importance in CALIBRATED
 
 
-def check_prune(method: object, sparsity: float | None, **options: Any) -> tuple[float, Pattern | None]:
+def check_prune(method: object, sparsity: float | None, **options: Any) -> tuple[float, Pattern | Block | None]:
     """The share to remove (0.5 unless it or the pattern says otherwise) and the pattern of a method's options.
 
     Raises ValueError for an unknown method or value, an option that the method does not read, a sparsity out of range
@@ -68,10 +68,10 @@ def check_prune(method: object, sparsity: float | None, **options: Any) -> tuple
             _check_option(method, name, value)
     pattern = pattern_of(given["pattern"]) if "pattern" in given else None
     if sparsity is None:
-        return (0.5 if pattern is None else pattern.sparsity), pattern
+        return (pattern.sparsity if isinstance(pattern, Pattern) else 0.5), pattern
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the share removed, at least 0 and below 1, got {sparsity!r}")
-    if pattern is not None and sparsity != pattern.sparsity:
+    if isinstance(pattern, Pattern) and sparsity != pattern.sparsity:
         raise ValueError(
             f"pattern {given['pattern']!r} removes {pattern.sparsity:g} of the weights: leave sparsity out"
         )

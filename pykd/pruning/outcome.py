@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pykd.calibration import Batch, Data, calibration_batches
 from pykd.errors import DataError
-from pykd.nn.importance import Pattern
+from pykd.nn.importance import Block, Pattern
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Request:
 
     rows: the numbers of rows for which sparse layers choose how they compute; None leaves that to thresholds.
     scope: the weights over which the share is met, "global", "layer" or "row"; None is the method's own choice.
-    pattern: so many weights kept of so many neighbours. importance: how whole units are scored, a name in IMPORTANCE.
+    pattern: so many weights kept of so many neighbours, or blocks of weights that go together. importance: how whole
+    units are scored.
     data, samples, batch_size: the examples for methods that look at some. seed: which, and every other draw.
     """
 
@@ -29,7 +30,7 @@ class Request:
     example: Tensor | dict[str, Tensor] | None = None
     rows: Sequence[int] | None = None
     scope: str | None = None
-    pattern: Pattern | None = None
+    pattern: Pattern | Block | None = None
     importance: str = "l2"
     data: Data | None = None
     samples: int = 256

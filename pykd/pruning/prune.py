@@ -61,7 +61,8 @@ def prune(
         sparsity: share [0, 1) of the weights, or of the units of each group; 0.5 unless ``pattern`` says it.
         scope: the weights over which the share is met: "global", all layers together, "layer", or "row", each output.
             By default "global" for "magnitude" and "random", "row" for "wanda", "layer" for "sparsegpt".
-        pattern: "2:4", "1:4" ...: so many weights kept of so many neighbouring inputs, for methods of single weights.
+        pattern: for methods of single weights: "2:4", "1:4" ..., so many kept of so many neighbouring inputs; "4x1",
+            "16x16" ..., blocks of outputs and inputs that go together.
         importance: how units are scored: "l2" (default), "l1", "taylor" (Molchanov et al. 2019) or "activation", the
             last two on ``data``.
         data: examples for what looks at some, a DataBundle (its training split) or batches. Labels are read by "taylor"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pykd.calibration import Inputs
 from pykd.calibration.hessian import check_hessian, damped, inverse_root
-from pykd.nn.importance import Pattern, mask_of_pattern, masks_at_sparsity
+from pykd.nn.importance import Block, Pattern, mask_of_pattern, masks_at_sparsity, pooled, unpooled
 from pykd.pruning.calibrated import prune_layer_by_layer
 from pykd.pruning.outcome import Outcome, Request
 from pykd.pruning.refit import refit
@@ -18,7 +18,7 @@ def sparsegpt(
     inputs: Inputs,
     *,
     sparsity: float,
-    pattern: Pattern | None = None,
+    pattern: Pattern | Block | None = None,
     block: int = 128,
     damping: float = 0.01,
     refits: int = 32,
@@ -36,7 +36,7 @@ def sparsegpt(
         weight: [out_features, in_features], floating point; weights that are zero go first and stay zero.
         inputs: statistics with hessian [blocks, in_features, in_features]; out_features is a multiple of blocks.
         sparsity: share of each block of columns that goes, [0, 1).
-        pattern: keep so many of so many neighbours instead.
+        pattern: keep so many of so many neighbours instead, or remove that share of blocks of weights.
         block: columns whose mask is chosen at once.
         damping: share of the mean of diag(H) that is added to it, > 0.
         refits: steps of the last fit, >= 0; 0 is the paper's algorithm.
@@ -52,9 +52,10 @@ def sparsegpt(
     >>> int(mask.sum())
     16
     """
-    if not damping > 0 or refits < 0 or block < 1 or (pattern is not None and block % pattern.group):
+    width = 1 if pattern is None else pattern[1]
+    if not damping > 0 or refits < 0 or block < 1 or block % width:
         raise ValueError(
-            "damping must be above 0, refits at least 0 and block at least 1 and a multiple of the pattern's group, "
+            "damping must be above 0, refits at least 0 and block at least 1 and a multiple of the pattern's width, "
             f"got {damping}, {refits} and {block}"
         )
     check_hessian(weight, inputs.hessian)
@@ -65,7 +66,9 @@ def sparsegpt(
     return found.view(weight.shape), mask.view(weight.shape)
 
 
-def _sweep(target: Tensor, root: Tensor, sparsity: float, pattern: Pattern | None, block: int) -> tuple[Tensor, Tensor]:
+def _sweep(
+    target: Tensor, root: Tensor, sparsity: float, pattern: Pattern | Block | None, block: int
+) -> tuple[Tensor, Tensor]:
     """Algorithm 1. Works on columns as rows, so that each is contiguous."""
     work = target.transpose(1, 2).contiguous()
     kept = torch.empty_like(work, dtype=torch.bool)
@@ -86,11 +89,15 @@ def _sweep(target: Tensor, root: Tensor, sparsity: float, pattern: Pattern | Non
     return (work * kept).transpose(1, 2).contiguous(), kept.transpose(1, 2).contiguous()
 
 
-def _keep(cost: Tensor, sparsity: float, pattern: Pattern | None) -> Tensor:
+def _keep(cost: Tensor, sparsity: float, pattern: Pattern | Block | None) -> Tensor:
     """Which of a block's weights [blocks, columns, rows] stay."""
-    if pattern is not None:
-        rows = cost.transpose(1, 2)
+    rows = cost.transpose(1, 2)
+    if isinstance(pattern, Pattern):
         return mask_of_pattern(rows.flatten(0, 1), pattern).view(rows.shape).transpose(1, 2)
+    if pattern is not None:
+        small = masks_at_sparsity({"": torch.stack([pooled(matrix, pattern) for matrix in rows])}, sparsity)[""]
+        whole = [unpooled(mask, pattern, matrix.shape) for mask, matrix in zip(small, rows, strict=True)]
+        return torch.stack(whole).transpose(1, 2)
     return masks_at_sparsity({"": cost}, sparsity)[""]
 
 

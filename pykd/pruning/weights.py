@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pykd.models.layers import layer_stacks
-from pykd.nn.importance import Pattern, mask_of_pattern, mask_of_rows, masks_at_sparsity
+from pykd.nn.importance import (
+    Block,
+    Pattern,
+    mask_of_pattern,
+    mask_of_rows,
+    masks_at_sparsity,
+    pooled,
+    unpooled,
+)
 from pykd.nn.selection import CONVOLUTION, LINEAR, Selection, as_linear, replace_layer, select_layers, transposed
 from pykd.nn.sparse_conv import SparseConv2d
 from pykd.nn.sparse_linear import SparseLinear
@@ -24,7 +33,7 @@ def select_weights(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    pattern: Pattern | None = None,
+    pattern: Pattern | Block | None = None,
 ) -> Selection:
     """The layers whose weights may go, in module order.
 
@@ -37,7 +46,7 @@ def select_weights(
         columns = matrix_of(selection.chosen[name]).shape[1]
         if include is None and stacks and not name.startswith(stacks):
             selection.skipped[name] = "outside the transformer's layers"
-        elif pattern is not None and columns % pattern.group:
+        elif isinstance(pattern, Pattern) and columns % pattern.group:
             selection.skipped[name] = f"its {columns} inputs are no multiple of {pattern.group}"
         else:
             continue
@@ -56,8 +65,12 @@ def matrix_of(layer: nn.Module) -> Tensor:
 
 def masks_of(scores: Mapping[str, Tensor], request: Request, *, scope: str) -> dict[str, Tensor]:
     """Boolean masks, True = kept, of matrices of scores (larger matters more), by the pattern or in the scope."""
-    if request.pattern is not None:
+    if isinstance(request.pattern, Pattern):
         return {name: mask_of_pattern(matrix, request.pattern) for name, matrix in scores.items()}
+    if request.pattern is not None:
+        block, blocks = request.pattern, replace(request, pattern=None)
+        found = masks_of({name: pooled(matrix, block) for name, matrix in scores.items()}, blocks, scope=scope)
+        return {name: unpooled(mask, block, scores[name].shape) for name, mask in found.items()}
     if scope == "global":
         return masks_at_sparsity(scores, request.sparsity)
     if scope == "layer":

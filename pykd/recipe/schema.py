@@ -91,7 +91,9 @@ class Prune(Section):
         None, ge=0, lt=1, description="share of weights, or of units per group, removed: 0.5 unless the pattern says it"
     )
     scope: str | None = Field(None, description="the weights over which the share is met: global, layer or row")
-    pattern: PatternText = Field(None, description="N:M, as 2:4: N weights kept of M neighbours")
+    pattern: PatternText = Field(
+        None, description="2:4: two weights kept of four neighbours; 4x1: blocks of outputs and inputs"
+    )
     importance: str | None = Field(None, description="of units: l2, l1, taylor or activation")
     samples: int = Field(256, ge=1, description="training examples that wanda, sparsegpt, taylor, activation look at")
     batch_size: int = Field(16, ge=1, description="of them at once")

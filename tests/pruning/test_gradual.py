@@ -204,6 +204,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "movment"}, "unknown method of gradual pruning 'movment': did you mean 'movement'"),
     ({"begin": 0.7}, "begin and end are shares of the steps, 0 <= begin < end <= 1, got 0.7, 0.7"),
     ({"initial": 0.6}, "initial is a sparsity between 0 and the final 0.5, got 0.6"),
+    ({"pattern": "4x1"}, r"gradual pruning takes patterns N:M, as '2:4', got '4x1'; prune\(\) takes blocks"),
     ({"every": 0}, "every is a number of steps, at least 1, got 0"),
     ({"method": "movement", "scope": "all"}, "unknown scope 'all'"),
     ({"pattern": "2:4", "sparsity": 0.6}, "pattern '2:4' removes 0.5 of the weights"),

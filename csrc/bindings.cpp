@@ -148,6 +148,17 @@ void bind_sparse(py::module_& m) {
                                    out_features, activation, dtype, bias_dtype, threads});
       },
       release);
+  m.def(
+      "sparse_4bit",
+      [](Address x, Address bitmask, Address codes, Address offsets, Address scales, Address table, Address bias,
+         Address y, int64_t in_features, int64_t out_features, int64_t group_size, int zero_code, int activation,
+         int dtype, int bias_dtype, int threads) {
+        pykd::table().sparse_4bit({address<float>(x), address<uint8_t>(bitmask), address<uint8_t>(codes),
+                                   address<int64_t>(offsets), address<void>(scales), address<float>(table),
+                                   address<void>(bias), address<void>(y), in_features, out_features, group_size,
+                                   zero_code, activation, dtype, bias_dtype, threads});
+      },
+      release);
   const auto bind_transfer = [&](const char* name, bool expand) {
     m.def(
         name,

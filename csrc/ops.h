@@ -157,6 +157,25 @@ struct Sparse8bitArgs {
   int threads;
 };
 
+// y = activation(x W^T + bias) for one row and a pruned 4-bit weight with a scale per group: see
+// csrc/cpu/sparse_4bit.cpp.
+struct Sparse4bitArgs {
+  const float* x;          // fp32 [in_features, then 0 up to a multiple of 32]
+  const uint8_t* bitmask;  // uint8 [out_features, 4 * ceil(in_features / 32)], bit k % 8 of byte k / 8 is column k
+  const uint8_t* codes;    // the kept codes, two a byte, low half first, of each 32 columns from a whole byte on; 16
+                           // readable bytes after the last
+  const int64_t* offsets;  // int64 [out_features], byte where the codes of a row begin
+  const void* scales;      // fp16 [out_features, ceil(in_features / group_size)]
+  const float* table;      // fp32 [16]: what codes stand for, before scaling
+  const void* bias;        // [out_features] of bias_dtype, or null
+  void* y;                 // [out_features] of dtype
+  int64_t in_features, out_features, group_size;  // group_size a multiple of 32
+  int zero_code;                                  // the code whose table entry is 0
+  int activation;                                 // Activation, of the result
+  int dtype, bias_dtype;                          // DType
+  int threads;
+};
+
 // Between a dense matrix and its bitmask + values, in either direction: see csrc/cpu/bitmask.cpp.
 struct BitmaskArgs {
   const uint8_t* bitmask;  // uint8 [out_features, ceil(in_features / 8)]
@@ -178,6 +197,7 @@ struct BitmaskArgs {
   X(sparse_linear, SparseLinearArgs)     \
   X(sparse_panels, SparsePanelsArgs)     \
   X(sparse_8bit, Sparse8bitArgs)         \
+  X(sparse_4bit, Sparse4bitArgs)         \
   X(bitmask_expand, BitmaskArgs)         \
   X(bitmask_gather, BitmaskArgs)
 

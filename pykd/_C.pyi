@@ -100,6 +100,24 @@ def sparse_8bit(
     bias_dtype: int,
     threads: int,
 ) -> None: ...
+def sparse_4bit(
+    x: int,
+    bitmask: int,
+    codes: int,
+    offsets: int,
+    scales: int,
+    table: int,
+    bias: int,
+    y: int,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    zero_code: int,
+    activation: int,
+    dtype: int,
+    bias_dtype: int,
+    threads: int,
+) -> None: ...
 def bitmask_expand(
     bitmask: int,
     offsets: int,

@@ -14,7 +14,7 @@ from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.nn.compressed import CompressedModule, dense_linear
 from pykd.ops.activation import check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
-from pykd.ops.dispatch import DTYPE_CODES, native
+from pykd.ops.dispatch import DTYPE_CODES, native, skips_dispatcher
 from pykd.ops.int4_r16 import (
     CODEBOOK,
     PAD_CODE,
@@ -27,6 +27,7 @@ from pykd.ops.int4_r16 import (
     unpack_r16,
 )
 from pykd.ops.linear_4bit import linear_4bit
+from pykd.ops.sparse_4bit import fits, pack_kept, sparse_4bit
 
 #: Scheme -> code of its weights; int4 with `symmetric=False` is uint4.
 SCHEMES_4BIT: dict[str, str] = {"w4a16": "int4", "w4a8": "int4", "nf4": "nf4", "fp4": "fp4"}
@@ -63,12 +64,16 @@ class Weight4bit(CompressedModule):
     """A weight matrix [rows, columns] in 4 bits: canonical in files, `int4_r16` in the memory of a CPU.
 
     Files hold `qweight`, `scales` and for asymmetric weights `zeros` (see `pykd.ops.int4_r16`); or, where enough codes
-    stand for zero that it is smaller, `bitmask` and `qvalues` (the kept codes, row by row) instead of `qweight`.
+    stand for zero that it is smaller, `bitmask` and `qvalues` (the kept codes, row by row) instead of `qweight`. Where
+    one row through a pruned weight is faster by the kept codes (`pykd.ops.sparse_4bit.fits`), a CPU holds these too.
     """
 
     qweight: Tensor
     bitmask: Tensor
     qvalues: Tensor
+    bits: Tensor
+    starts: Tensor
+    scales: Tensor
     bias: nn.Parameter | None
     activation: str | None = None
     #: Whether the weight is multiplied with: else its codes stay a row each, as a lookup wants them.
@@ -142,6 +147,12 @@ class Weight4bit(CompressedModule):
             "inputs": self.inputs,
             "activation": self.activation,
         }
+        kept = self._buffers.get("kept")
+        if kept is not None and x.numel() == self.columns and x.dtype in DTYPE_CODES and skips_dispatcher(x, bias):
+            return sparse_4bit(
+                x, self.bits, kept, self.starts, self.scales, code=self.code, group_size=self.group_size, bias=bias,
+                activation=self.activation,
+            )  # fmt: skip
         packed = self._buffers.get("packed")
         if packed is not None:
             return linear_4bit(x, packed, out_features=self.rows, **options)
@@ -211,6 +222,11 @@ class Weight4bit(CompressedModule):
         layout = {name: tensor for name, tensor in tensors._asdict().items() if tensor is not None}
         if runs_natively:
             layout = {"packed": pack_r16(*tensors, in_features=self.columns, group_size=self.group_size)}
+            density = 1.0 if self.nnz is None else self.nnz / (self.rows * self.columns)
+            keeps = self.inputs == "keep" and self.scales_dtype == torch.float16
+            if keeps and fits(density, self.code, self.columns, self.group_size):
+                layout["scales"] = tensors.scales
+                layout |= pack_kept(unpack_nibbles(tensors.qweight, self.columns), self._kept(tensors))
         self._register(layout, persistent=False)
 
     def _unpack(self) -> None:

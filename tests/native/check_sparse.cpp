@@ -1,5 +1,5 @@
-// sparse_linear, sparse_panels and sparse_8bit against plain matrix products; bitmask_expand and bitmask_gather
-// exactly.
+// sparse_linear, sparse_panels, sparse_8bit and sparse_4bit against plain matrix products; bitmask_expand and
+// bitmask_gather exactly.
 #include <cmath>
 #include <cstring>
 
@@ -245,6 +245,82 @@ void codes(const std::string& level) {
   }
 }
 
+void nibbles_case(Group& group, Random& random, const Weight& weight, int64_t group_size, int dtype) {
+  pykd::Sparse4bitArgs args{};
+  args.in_features = weight.in;
+  args.out_features = weight.out;
+  args.group_size = group_size;
+  args.zero_code = static_cast<int>(random.below(16));
+  args.dtype = dtype;
+  args.bias_dtype = static_cast<int>(random.below(3));
+  args.threads = static_cast<int>(1 + random.below(2));
+  const int64_t padded = (weight.in + 31) / 32 * 32, groups = (weight.in + group_size - 1) / group_size;
+  std::vector<uint8_t> packed, kept;  // bytes; the code of every kept weight
+  std::vector<int64_t> offsets;
+  for (int64_t row = 0; row < weight.out; ++row) {
+    offsets.push_back(static_cast<int64_t>(packed.size()));
+    for (int64_t block = 0; block < padded; block += 32) {
+      int entry = 0;
+      for (int64_t k = block; k < block + 32 && k < weight.in; ++k) {
+        if (!weight.kept(row, k)) continue;
+        kept.push_back(static_cast<uint8_t>(random.below(16)));
+        if (entry % 2 == 0) packed.push_back(0);
+        packed.back() = static_cast<uint8_t>(packed.back() | kept.back() << entry++ % 2 * 4);
+      }
+    }
+  }
+  packed.resize(packed.size() + 16, 0xff);
+  Buffer x(static_cast<size_t>(padded) * 4), bits(static_cast<size_t>(weight.out * padded / 8)), codes(packed.size());
+  Buffer starts(offsets.size() * 8), scales(static_cast<size_t>(weight.out * groups) * 2), table(64);
+  Buffer bias(static_cast<size_t>(weight.out) * size_of(args.bias_dtype));
+  Buffer y(static_cast<size_t>(weight.out) * size_of(dtype));
+  for (int64_t row = 0; row < weight.out; ++row)
+    for (int64_t byte = 0; byte < padded / 8; ++byte)
+      bits.as<uint8_t>()[row * padded / 8 + byte] =
+          byte < weight.row_bytes ? weight.bits[static_cast<size_t>(row * weight.row_bytes + byte)] : uint8_t{0};
+  for (int64_t k = 0; k < padded; ++k) x.as<float>()[k] = k < weight.in ? static_cast<float>(random.normal()) : 0.0f;
+  for (int i = 0; i < 16; ++i) table.as<float>()[i] = i == args.zero_code ? 0.0f : static_cast<float>(random.normal());
+  for (int64_t i = 0; i < weight.out * groups; ++i) encode(scales.data(), i, pykd::kFloat16, random.normal());
+  for (int64_t i = 0; i < weight.out; ++i) encode(bias.data(), i, args.bias_dtype, random.normal());
+  args.x = x.as<float>();
+  args.bitmask = bits.as<uint8_t>();
+  args.codes = put(codes, packed);
+  args.offsets = put(starts, offsets);
+  args.scales = scales.data();
+  args.table = table.as<float>();
+  args.bias = random.chance(0.5) ? bias.data() : nullptr;
+  args.y = y.data();
+  pykd::table().sparse_4bit(args);
+  size_t next = 0;
+  for (int64_t row = 0; row < weight.out; ++row) {
+    double want = args.bias ? decode(args.bias, row, args.bias_dtype) : 0, size = std::fabs(want);
+    for (int64_t k = 0; k < weight.in; ++k) {
+      if (!weight.kept(row, k)) continue;
+      const double scale = decode(scales.data(), row * groups + k / group_size, pykd::kFloat16);
+      const double term = args.table[kept[next++]] * scale * args.x[k];
+      want += term;
+      size += std::fabs(term);
+    }
+    group.near("y", row, decode(y.data(), row, dtype), want,
+               2e-6 * size + epsilon_of(dtype) * std::fabs(want) + 2 * tiny_of(dtype));
+  }
+  group.intact({&x, &bits, &codes, &starts, &scales, &table, &bias, &y});
+}
+
+void nibbles(const std::string& level) {
+  Random random(10);
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    Group group(level + " sparse_4bit " + name_of(dtype));
+    for (const int64_t in : {1, 31, 32, 33, 64, 100, 544, 1100}) {
+      const int64_t out = random.pick<int64_t>({1, 5, 31, 32, 33, 70}), size = random.pick<int64_t>({32, 64, 160});
+      const double density = random.pick<double>({0.0, 0.1, 0.5, 1.0});
+      group.begin("%lld outputs, %lld inputs, groups of %lld, density %g", static_cast<long long>(out),
+                  static_cast<long long>(in), static_cast<long long>(size), density);
+      nibbles_case(group, random, Weight(random, out, in, density, pykd::kFloat32), size, dtype);
+    }
+  }
+}
+
 void bitmask(const std::string& level) {
   Random random(7);
   Group group(level + " bitmask_expand, bitmask_gather");
@@ -282,6 +358,7 @@ void sparse(const std::string& level) {
   linear(level);
   panels(level);
   codes(level);
+  nibbles(level);
   bitmask(level);
 }
 

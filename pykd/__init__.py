@@ -26,6 +26,7 @@ _LAZY: dict[str, str] = {
     "distill": "pykd.distillation",
     "distill_chain": "pykd.distillation",
     "evaluate": "pykd.evaluation",
+    "export": "pykd.evaluation.exported",
     "finetune": "pykd.training.finetune",
     "from_pretrained": "pykd.io.load",
     "kd_loss": "pykd.ops.kd_loss",

@@ -292,6 +292,33 @@ def compress(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="folder of a run, one that pykd saved, or a Hugging Face folder")],
+    output: OutputDir,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="dense: an ordinary checkpoint that loads without pykd; onnx: a file for ONNX Runtime, 4-bit and "
+            "8-bit weights packed"
+        ),
+    ] = "dense",
+    recipe: Annotated[
+        Path | None, typer.Option(help="onnx: check on this recipe's held-out data, not on the model's own")
+    ] = None,
+    settings: Set = None,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="onnx: check on drawn inputs, where the data is not at hand")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the export that is in the folder")] = False,
+) -> None:
+    """Write a model in a format that others read, and check what was written against the model."""
+    from pykd.pipeline import export_saved
+
+    options: dict[str, Any] = {"recipe": recipe, "overrides": settings or (), "synthetic": synthetic}
+    _table(export_saved(model, output, format=format, overwrite=overwrite, **options))
+
+
+@app.command()
 def verify(model: ModelDir) -> None:
     """Check a saved model: checksums, loading, one forward pass; report source, parameters and checksum."""
     from pykd.pipeline import verify_saved

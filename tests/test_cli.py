@@ -310,3 +310,21 @@ def test_prune_takes_what_recipes_take(
     assert "unknown method 'sparsgpt': did you mean 'sparsegpt'" in failure(capsys, *wrong, "--method", "sparsgpt")
     assert "unknown scope 'globl': did you mean 'global'" in failure(capsys, *wrong, "--scope", "globl")
     assert "scope says over which single weights" in failure(capsys, *wrong, "--method", "heads", "--scope", "row")
+
+
+def test_export(saved: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed, dense, graph = tmp_path / "packed", tmp_path / "dense", tmp_path / "onnx"
+    assert cli.main(["quantize", str(saved), str(packed), "--group-size", "32"]) == 0
+    assert cli.main(["export", str(packed), str(dense)]) == 0
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    capsys.readouterr()
+    assert cli.main(["export", str(packed), str(graph), "--format", "onnx"]) == 0
+    shown = capsys.readouterr().out
+    assert "30 of 30 labels equal, logits within" in shown, "the held-out digits of the recipe that made the model"
+    assert "onnxruntime" in shown and "as fast as pykd, batch 1" in shown
+    manifest = json.loads((graph / "pykd_manifest.json").read_text())
+    assert manifest["provenance"]["recipe"]["name"] == "tiny" and manifest["stages"][-1]["format"] == "onnx"
+    assert cli.main(["export", str(packed), str(graph)]) == 2
+    assert "already holds a saved model; pass overwrite=True" in capsys.readouterr().err
+    assert cli.main(["export", str(packed), str(tmp_path / "new"), "--format", "onix"]) == 2
+    assert "unknown format 'onix': did you mean 'onnx'?" in capsys.readouterr().err

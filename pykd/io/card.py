@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -44,16 +44,28 @@ METRICS = ("accuracy", "f1", "precision", "recall")
 
 
 def model_card(
-    model: nn.Module, *, provenance: dict[str, Any], stages: list[dict[str, Any]], compressed: bool, name: str
+    model: nn.Module,
+    *,
+    provenance: dict[str, Any],
+    stages: list[dict[str, Any]],
+    name: str,
+    compressed: bool = False,
+    library: str | None = None,
+    usage: Sequence[str] | None = None,
 ) -> str:
     """README.md of a folder: front matter, how to load it, what was measured after each stage, and how it was made.
 
     provenance: as the manifest holds it; `recipe`, `data` and `metrics` of `pykd.run` are shown. stages:
-    `model.pykd_report`. compressed: whether the folder needs pykd. name: the heading.
+    `model.pykd_report`. name: the heading. compressed: whether the folder needs pykd. library, usage: the name of what
+    loads it and the lines of code that do, where that is neither pykd nor the library that the model comes from.
     """
     task = pipeline_task(model)
-    parts = [_front_matter(_facts(model, provenance, stages, compressed, task)), f"# {name}", _summary(stages)]
-    parts += ["## How to load it", _usage(model, compressed, task)]
+    facts = _facts(model, provenance, stages, compressed, task)
+    if library is not None:
+        facts["library_name"] = library
+    code = _usage(model, compressed, task) if usage is None else usage
+    parts = [_front_matter(facts), f"# {name}", _summary(stages)]
+    parts += ["## How to load it", "\n".join(["```python", *code, "```"])]
     measured = [entry for entry in provenance.get("metrics") or [] if isinstance(entry, dict)]
     if measured:
         parts += ["## Measured", "After each stage, on the held-out split.", _table(measured)]
@@ -137,7 +149,7 @@ def _summary(stages: list[dict[str, Any]]) -> str:
     return f"Made with pykd{done}."
 
 
-def _usage(model: nn.Module, compressed: bool, task: str | None) -> str:
+def _usage(model: nn.Module, compressed: bool, task: str | None) -> list[str]:
     told = origin(unwrap(model))
     if compressed:
         lines = ["import pykd", 'model = pykd.from_pretrained("FOLDER")']
@@ -151,7 +163,7 @@ def _usage(model: nn.Module, compressed: bool, task: str | None) -> str:
         lines = ["from safetensors.torch import load_file", "from torchvision.models import get_model"]
         lines += [f'model = get_model("{told["name"]}"{options}).eval()']
         lines += ['model.load_state_dict(load_file("FOLDER/model.safetensors"))']
-    return "\n".join(["```python", *lines, "```"])
+    return lines
 
 
 def _transformers(model: nn.Module, task: str | None) -> list[str]:

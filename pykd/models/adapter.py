@@ -50,10 +50,10 @@ def call(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
     >>> call(nn.Linear(4, 3), {"pixel_values": torch.zeros(2, 4)}).shape
     torch.Size([2, 3])
     """
-    accepted = _accepted(type(unwrap(model)).forward)
-    named = {k: v for k, v in batch.items() if k in accepted and k != "labels" and isinstance(v, Tensor)}
+    named = inputs_of(model, batch)
     if named:
-        return model(**_with_decoder_inputs(unwrap(model), named, batch), **options)
+        return model(**named, **options)
+    accepted = _accepted(type(unwrap(model)).forward)
     tensors = {k: v for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
     if "pixel_values" not in tensors and len(tensors) != 1:
         raise DataError(
@@ -61,6 +61,17 @@ def call(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
             f"{', '.join(batch) or 'nothing'}; name the input as the model does, or pixel_values."
         )
     return model(tensors["pixel_values"] if "pixel_values" in tensors else next(iter(tensors.values())), **options)
+
+
+def inputs_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a batch that the model's `forward` takes by name, with a decoder's inputs as for `call`.
+
+    >>> inputs_of(nn.Linear(4, 3), {"input": torch.zeros(2, 4), "labels": torch.zeros(2)}).keys()
+    dict_keys(['input'])
+    """
+    accepted = _accepted(type(unwrap(model)).forward)
+    named = {k: v for k, v in batch.items() if k in accepted and k != "labels" and isinstance(v, Tensor)}
+    return _with_decoder_inputs(unwrap(model), named, batch) if named else {}
 
 
 def _with_decoder_inputs(model: nn.Module, named: dict[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:

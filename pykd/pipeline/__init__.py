@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pykd.pipeline.chain import run, run_chain
 from pykd.pipeline.compare import compare_saved, safety_saved
+from pykd.pipeline.exported import export_saved
 from pykd.pipeline.result import Run
 from pykd.pipeline.saved import evaluate_saved, prune_saved, quantize_saved, verify_saved
 from pykd.pipeline.study import StudyRun, run_study
@@ -13,6 +14,7 @@ __all__ = [
     "StudyRun",
     "compare_saved",
     "evaluate_saved",
+    "export_saved",
     "prune_saved",
     "quantize_saved",
     "run",

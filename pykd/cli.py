@@ -298,8 +298,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="dense: an ordinary checkpoint that loads without pykd; onnx: a file for ONNX Runtime, 4-bit and "
-            "8-bit weights packed"
+            help="dense: an ordinary checkpoint that loads without pykd; onnx: a file for ONNX Runtime, packed; "
+            "compressed-tensors: a folder for vLLM, of w4a16, w8a16 or w8a8 layers"
         ),
     ] = "dense",
     recipe: Annotated[

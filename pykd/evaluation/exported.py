@@ -48,6 +48,13 @@ FORMATS: dict[str, Format] = {
         ("import onnxruntime", 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")'),
         "model.onnx",
     ),
+    "compressed-tensors": Format(
+        "compressed_tensors",
+        ("compressed_tensors",),
+        "transformers",
+        ("from vllm import LLM", 'model = LLM("FOLDER")'),
+        "*.safetensors",
+    ),
 }
 #: Held-out examples that an export is checked on, and how many at a time.
 CHECKED, ROWS = 64, 16
@@ -75,7 +82,8 @@ def export(
         format: "dense" (what `pykd.save_pretrained(format="dense")` writes) or a key of `FORMATS`. "onnx": one file
             `model.onnx` for ONNX Runtime, int4 as MatMulNBits, w8a8 as MatMulInteger, everything else dequantized by
             nodes of the graph when it is loaded; batch and sequence of any size, encoder-decoders and language models
-            without cache.
+            without cache. "compressed-tensors": a folder for vLLM and transformers, of linear layers in w4a16, w8a16
+            or w8a8.
         data: what "onnx" is checked on, a DataBundle (64 examples of its test split) or batches; None draws inputs.
         tokenizer, processor, provenance: written beside, as by `pykd.save_pretrained`.
         latency_rounds: alternating rounds in which ONNX Runtime and pykd are timed at batch 1; 0 for none.

@@ -72,7 +72,7 @@ def save_pretrained(
             compressed = described.changes()
             content = {"pykd": {"format_version": FORMAT_VERSION, **described.to_dict()}, "origin": origin(model)}
             (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _write_tensors(tensors, folder / WEIGHTS)
+        write_tensors(tensors, folder / WEIGHTS)
         for companion in (tokenizer, processor):
             if companion is not None:
                 companion.save_pretrained(folder)
@@ -143,7 +143,8 @@ def quantization_config(described: Structure, dtype: str) -> dict[str, Any]:
     return {"quant_method": "pykd", "format_version": FORMAT_VERSION, "dtype": dtype, **described.to_dict()}
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file, in which tensors that share memory are copies."""
     from safetensors.torch import save_file
 
     storages: set[int] = set()

@@ -62,16 +62,16 @@ def write(model: nn.Module, folder: Path, checked: Sequence[Batch]) -> dict[str,
     form in ONNX, a model that torch.onnx cannot trace, and a file that does not compute what the model does.
     """
     model, example = unwrap(model), checked[0]
-    forms = copy.deepcopy(model).cpu().eval()
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    forms = copy.deepcopy(model).cpu().float().eval()
     notes = to_onnx_layers(forms)
-    dtype = next((p.dtype for p in forms.parameters() if p.is_floating_point()), torch.float32)
     if dtype != torch.float32:
         notes.append(f"computes in float32, where the model computes in {str(dtype).removeprefix('torch.')}")
     names = [name for name in INPUTS if name in example]
     can_generate: Any = getattr(model, "can_generate", bool)
     if can_generate():
         notes.append("without cache: each call computes all positions")
-    _trace(Logits(forms.float(), names), names, example, folder / FILE)
+    _trace(Logits(forms, names), names, example, folder / FILE)
     found = OnnxModel(folder / FILE)
     notes.append(f"inputs {', '.join(names)}; any size along {', '.join(_free(names))}")
     return {"notes": notes, "check": compare(model, found, checked, bound=bound_of(model))}
@@ -80,7 +80,7 @@ def write(model: nn.Module, folder: Path, checked: Sequence[Batch]) -> dict[str,
 def bound_of(model: nn.Module) -> float:
     """The bound that the model's schemes allow."""
     rounding = any(
-        isinstance(module, CompressedModule) and getattr(module, "scheme", None) in ("w4a8", "w8a8")
+        isinstance(module, CompressedModule) and getattr(module, "scheme", None) in ("w4a8", "w8a8", "w8a8_static")
         for module in model.modules()
     )
     return BOUND_ROUNDED if rounding else BOUND

@@ -18,12 +18,15 @@ from pykd import nn as packed
 from pykd.errors import ArtifactError
 from pykd.evaluation.exported import FORMATS, Format, checked_inputs
 from pykd.io.export.onnx import BOUND, BOUND_ROUNDED, compare, write
-from pykd.io.export.onnx_layers import block_of, to_onnx_layers
+from pykd.io.export.onnx_layers import to_onnx_layers
+from pykd.io.export.onnx_matrices import block_of
 from pykd.io.export.onnx_model import OnnxModel
 from pykd.models.adapter import logits
 from pykd.models.huggingface import load_huggingface
+from pykd.nn.linear_8bit import StaticInput
 from pykd.ops.int4_r16 import codebook_code
 
+STATIC = StaticInput(0.03, -5)
 TABLE = codebook_code([k / 8 - 1 for k in range(16)])
 #: Linear layers of 40 inputs in every form, and how close ONNX Runtime must come, as a share of the largest output.
 LINEAR: dict[str, tuple[Callable[[nn.Linear], nn.Module], float]] = {
@@ -43,6 +46,8 @@ LINEAR: dict[str, tuple[Callable[[nn.Linear], nn.Module], float]] = {
         lambda x: packed.Linear8bit.from_linear(x, scheme="w8a16", group_size=16, activation="relu"),
         1e-6,
     ),
+    "w8a8_static": (lambda x: packed.Linear8bit.from_linear(x, scheme="w8a8_static", static=STATIC), 1e-6),
+    "bf16": (lambda x: packed.Linear16bit.from_linear(x, scheme="bf16"), 1e-6),
     "sparse": (lambda x: packed.SparseLinear.from_linear(x, mask=x.weight > 0), 1e-6),
 }
 EMBEDDING: dict[str, Callable[[nn.Embedding], nn.Module]] = {
@@ -101,7 +106,7 @@ def test_every_layer_computes_the_same(tmp_path: Path) -> None:
             assert (want - got).abs().max() <= bound * want.abs().max(), name
     graph = onnx.load(tmp_path / "model.onnx").graph
     kinds = Counter(node.op_type for node in graph.node)
-    assert kinds["MatMulInteger"] == 2  # w8a8 and the 1x1 convolution
+    assert kinds["MatMulInteger"] == 3  # w8a8, w8a8_static and the 1x1 convolution
     assert kinds["MatMulNBits"] == 6  # what MatMulNBits has blocks for, and the projection tied to such an embedding
 
 

@@ -18,8 +18,8 @@ from .sparse_panels import TILE, panels_pack
 #: Zen 3. AVX-512's follow from a Zen 5's rates: there the dense kernel multiplies up to 128 codes a cycle, this one 51.
 DENSE_ABOVE: dict[str, list[tuple[float, float]]] = {
     "scalar": [(math.inf, 0.0)],
-    "avx2": [(1, 0.03), (7, 0.06), (15, 0.18), (math.inf, 0.5)],
-    "avx512": [(1, 0.03), (31, 0.06), (math.inf, 0.25)],
+    "avx2": [(1, 0.02), (7, 0.06), (15, 0.18), (math.inf, 0.5)],
+    "avx512": [(1, 0.02), (31, 0.06), (math.inf, 0.25)],
 }
 
 

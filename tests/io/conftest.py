@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from pykd.models.huggingface import load_huggingface
 from pykd.models.torchvision import load_torchvision
 from pykd.nn import Conv2d4bit, Conv2d8bit, Linear4bit, Linear8bit, SparseConv2d, SparseLinear
 from pykd.nn.channels import remove_channels
+from pykd.nn.codecs.sparse_formats import filled_mask
 from pykd.nn.slicing import attention_blocks, feed_forward_blocks, keep_heads, keep_neurons
 
 TINY: dict[str, dict[str, Any]] = {
@@ -117,6 +119,22 @@ def to_sparse(model: nn.Module) -> None:
     replace(model, SparseLinear.from_linear, SparseConv2d.from_conv2d)
 
 
+def to_sparse_formats(model: nn.Module) -> None:
+    """Sparse layers whose files say in turn as csr16, 2:4 and 4x1 what is kept."""
+    formats = itertools.cycle(("csr16", "2:4", "4x1"))
+
+    def masked(layer: Any) -> dict[str, Any]:
+        format, matrix = next(formats), layer.weight.detach().flatten(1)
+        seen = torch.zeros_like(matrix) if format == "2:4" else matrix * (torch.rand_like(matrix) < 0.1)
+        return {"mask": filled_mask(seen, format).view(layer.weight.shape), "format": format}
+
+    replace(
+        model,
+        lambda layer: SparseLinear.from_linear(layer, **masked(layer)),
+        lambda layer: SparseConv2d.from_conv2d(layer, **masked(layer)),
+    )
+
+
 def to_sparse_4bit(model: nn.Module) -> None:
     zero_small_weights(model)
     to_4bit(model)
@@ -133,6 +151,7 @@ VARIANTS: dict[str, Callable[[nn.Module], None]] = {
     "4bit": to_4bit,
     "8bit": to_8bit,
     "sparse": to_sparse,
+    "sparse_formats": to_sparse_formats,
     "sparse_4bit": to_sparse_4bit,
     "pruned_4bit": prune_to_4bit,
 }

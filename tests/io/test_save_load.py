@@ -24,7 +24,7 @@ from pykd.nn import CompressedModule
 Models = Callable[[str], nn.Module]
 Variants = Callable[[str, str], nn.Module]
 Batches = Callable[[str], dict[str, Tensor]]
-VARIANTS = ["plain", "pruned", "4bit", "8bit", "sparse", "sparse_4bit", "pruned_4bit"]
+VARIANTS = ["plain", "pruned", "4bit", "8bit", "sparse", "sparse_formats", "sparse_4bit", "pruned_4bit"]
 
 
 def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -238,7 +238,7 @@ def quantize(
     method: Annotated[str, typer.Option(help="rtn or hqq; gptq or awq, which look at data")] = "rtn",
     group_size: Annotated[int, typer.Option(help="weights that share a scale: 32, 64 or 128")] = 64,
     symmetric: Annotated[bool, typer.Option(help="w4a16 and w4a8 without zero points")] = True,
-    observer: Annotated[str, typer.Option(help="range for w8a8_static: mse, percentile or minmax")] = "mse",
+    observer: Annotated[str, typer.Option(help="range for w8a8_static: minmax, percentile or mse")] = "minmax",
     samples: Annotated[int, typer.Option(min=1, help="training examples to look at")] = 256,
     embeddings: Annotated[str | None, typer.Option(help="also the embeddings: w8a16, w4a16, nf4, fp4, bf16")] = None,
     recipe: Recipe = None,

@@ -11,6 +11,7 @@ from pykd.calibration.hessian import check_hessian, damped, inverse_root, rows_o
 from pykd.calibration.inputs import Inputs
 from pykd.nn.codecs.four_bit import FourBit, Scales, nearest_levels, quantize_4bit
 from pykd.ops.int4_r16 import table_of
+from pykd.quantization.descent import descend
 from pykd.quantization.grid import Grid
 from pykd.quantization.output_error import better_rows
 
@@ -27,6 +28,7 @@ def gptq(
     damping: float = 0.01,
     activation_order: bool = True,
     passes: int = 3,
+    sweeps: int = 2,
 ) -> FourBit:
     """Choose codes by the error of the layer's outputs (Frantar et al. 2022, GPTQ, algorithm 1).
 
@@ -35,8 +37,9 @@ def gptq(
     that are still to come: ``w[j:] -= (w_j - q_j) / U_jj * U[j, j:]`` with ``H^-1 = U^T U``.
 
     Beyond the paper: scales are searched under the weights diag(H) instead of taken from the largest weight; in every
-    further pass they are fitted to the codes found so far, by least squares under H, and the codes chosen again; and
-    each row keeps the best of all passes and of plain rounding, so that no row's error is above that of `rtn`.
+    further pass they are fitted to the codes found so far, by least squares under H, and the codes chosen again; the
+    codes of every pass are improved by coordinate descent (`descend`); and each row keeps the best of all passes and of
+    plain rounding, so that no row's error is above that of `rtn`.
 
     Args:
         weight: [out_features, in_features], any floating-point dtype; exact zeros stay exactly zero.
@@ -45,17 +48,20 @@ def gptq(
         group_size: columns that share a scale; groups stay consecutive whatever the order of the columns.
         damping: share of the mean of diag(H) that is added to it, > 0; inputs that were never active count as that.
         activation_order: round the columns with the largest diag(H) first.
-        passes: how often the codes are chosen, >= 1; 1 is the paper's algorithm under searched scales.
+        passes: how often the codes are chosen, >= 1; 1 without sweeps is the paper's algorithm under searched scales.
+        sweeps: of coordinate descent over all columns in each pass, >= 0.
 
-    Raises ValueError for damping or passes out of range, a Hessian of another shape, and as `quantize_4bit` does.
+    Raises ValueError for numbers out of range, a Hessian of another shape, and as `quantize_4bit` does.
 
     >>> x = torch.randn(64, 16) @ torch.randn(16, 16)
     >>> inputs = Inputs((x.T @ x / 32)[None], 64)
     >>> gptq(torch.randn(4, 16), inputs, code="int4", group_size=8).scales.shape
     torch.Size([4, 2])
     """
-    if not damping > 0 or passes < 1:
-        raise ValueError(f"damping must be above 0 and passes at least 1, got {damping} and {passes}")
+    if not damping > 0 or passes < 1 or sweeps < 0:
+        raise ValueError(
+            f"damping must be above 0, passes at least 1 and sweeps at least 0, got {damping}, {passes} and {sweeps}"
+        )
     best = quantize_4bit(weight, code=code, group_size=group_size)
     columns, blocks = weight.shape[1], inputs.hessian.shape[0]
     check_hessian(weight, inputs.hessian)
@@ -68,6 +74,8 @@ def gptq(
     scales = grid.search(target, diagonal[:, None])
     for turn in range(passes):
         levels = _feedback(target, root, order, grid, scales)
+        if sweeps:
+            levels = _descended(target, hessian, grid, levels, scales, sweeps)
         best = better_rows(weight, inputs.hessian, grid.pack(levels, scales), best, grid)
         if turn < passes - 1:
             scales = _refit(target, hessian, grid, levels, scales)
@@ -96,6 +104,15 @@ def _feedback(target: Tensor, root: Tensor, order: Tensor | None, grid: Grid, sc
     if order is not None:
         levels = rows_of(levels, order.argsort(dim=1))
     return levels.transpose(1, 2).contiguous()
+
+
+def _descended(target: Tensor, hessian: Tensor, grid: Grid, levels: Tensor, scales: Scales, sweeps: int) -> Tensor:
+    """The levels after coordinate descent from these, under the same scales."""
+    turned, scale = _arranged(target, None), _arranged(grid.spread(scales[0]), None)
+    zero = None if scales[1] is None else _arranged(grid.spread(scales[1]), None)
+    rounds = _rounding(grid.code, scale, zero, kept=turned != 0)
+    found = descend(turned, hessian, _arranged(levels, None), scale, rounds, sweeps=sweeps)
+    return found.transpose(1, 2).contiguous()
 
 
 def _rounding(code: str, scale: Tensor, zero: Tensor | None, *, kept: Tensor) -> Callable[[int, Tensor], Tensor]:

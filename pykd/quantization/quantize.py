@@ -46,7 +46,7 @@ def quantize(
     method: str | Choose = "rtn",
     group_size: int | None = 64,
     symmetric: bool = True,
-    observer: str | Observer = "mse",
+    observer: str | Observer = "minmax",
     data: Data | None = None,
     samples: int = 256,
     batch_size: int = 16,
@@ -71,8 +71,9 @@ def quantize(
             ``data`` and None when not. Only "rtn" goes with 8 and 16 bits.
         group_size: inputs that share a scale in the 4-bit schemes; None: all of an output.
         symmetric: False stores an integer zero point per group; schemes "w4a16" and "w4a8" only.
-        observer: which range of activations "w8a8_static" rounds: "mse" (the least mean squared error), "percentile"
-            (99.99 % of them), "minmax" (all); or a function like these, Sample -> (low, high).
+        observer: which range of activations "w8a8_static" rounds: "minmax", all that calibration saw; or less, and what
+            lies beyond is cut off: "percentile" (99.99 % of them), "mse" (the least mean squared error); or a function
+            like these, Sample -> (low, high). Cutting off costs transformers dearly, whose few large activations count.
         data: examples for the methods and the scheme that look at inputs, not read by the others: a DataBundle (its
             training split), or an iterable of batches, as dicts of tensors by input name or as tensors, labels unused.
         samples: how many examples; batch_size: how many at once, from a DataBundle; seed: which, from a DataBundle.

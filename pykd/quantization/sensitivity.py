@@ -102,7 +102,7 @@ def assign_bits(
     drawn = calibration_batches(data, samples=samples, batch_size=batch_size, seed=seed)
     batches = [move(batch, device_of(model)) for batch in drawn]
     names = list(select_layers(model, (*LINEAR, *transposed(), *CONVOLUTION), include=include, exclude=exclude).chosen)
-    packers = {scheme: packer(scheme, Options("rtn", group_size, symmetric, "mse", False)) for scheme in candidates}
+    packers = {scheme: packer(scheme, Options("rtn", group_size, symmetric, "minmax", False)) for scheme in candidates}
     with evaluating(model):
         probe = _Probe(model, batches, packers)
         sizes = {name: probe.sizes(name) for name in names}

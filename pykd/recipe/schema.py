@@ -135,7 +135,7 @@ class Quantize(Section):
         64, description="weights that share one scale, none: all of an output; not in 8 bits"
     )
     symmetric: bool = Field(True, description="false stores zero points; schemes w4a16 and w4a8 only")
-    observer: str = Field("mse", description="which activations w8a8_static covers: mse, percentile or minmax")
+    observer: str = Field("minmax", description="which activations w8a8_static covers: minmax, percentile or mse")
     samples: int = Field(256, ge=1, description="training examples that gptq, awq and w8a8_static look at")
     batch_size: int = Field(16, ge=1, description="of them at once")
     embeddings: str | None = Field(

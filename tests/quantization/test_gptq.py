@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pykd.calibration.hessian import damped
 from pykd.calibration.inputs import Inputs
 from pykd.nn.codecs.four_bit import dequantize_4bit, nearest_levels, quantize_4bit, split_groups
 from pykd.ops.int4_r16 import CODES
-from pykd.quantization.gptq import gptq
+from pykd.quantization.gptq import _descended, gptq
+from pykd.quantization.grid import Grid
 from pykd.quantization.output_error import output_error
 from pykd.quantization.rtn import rtn
 
@@ -46,7 +48,7 @@ def test_independent_inputs_give_plain_rounding(code: str, order: bool) -> None:
 def test_one_pass_is_algorithm_1() -> None:
     """Against the published steps in float64: explicit inverse, one column after another, no blocks."""
     weight, inputs = torch.randn(6, 160), statistics(correlated(160))
-    found = gptq(weight, inputs, code="int4", group_size=160, activation_order=False, passes=1)
+    found = gptq(weight, inputs, code="int4", group_size=160, activation_order=False, passes=1, sweeps=0)
     scale = found.scales.double()
     hessian = inputs.hessian[0].double()
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(160, dtype=torch.float64)
@@ -87,7 +89,31 @@ def test_passes_and_order_pay() -> None:
         return float(output_error(weight, gptq(weight, inputs, **options, **more), inputs.hessian, **options).sum())
 
     assert total(passes=3) < 0.98 * total(passes=1)
+    assert total(sweeps=4) < total(sweeps=1) < 0.99 * total(sweeps=0)
     assert total(passes=1) != total(passes=1, activation_order=False)
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+@pytest.mark.parametrize("columns", [37, 150, 300])
+def test_descent_never_makes_an_output_worse(columns: int, code: str) -> None:
+    """Across blocks too: from any levels, every sweep lowers e H e^T of every row or leaves it."""
+    weight, hessian = torch.randn(6, columns), damped(statistics(correlated(columns, blocks=2)).hessian, 0.01)
+    grid, target = Grid(code, 16, columns), weight.view(2, 3, columns)
+    scales = grid.search(target)
+    levels = grid.levels(target + 0.5 * torch.randn_like(target), scales)
+
+    def errors(levels: Tensor) -> Tensor:
+        e = (target - levels * grid.spread(scales[0])).double()
+        return ((e @ hessian.double()) * e).sum(2)
+
+    seen = [errors(levels)]
+    for _ in range(25):
+        levels = _descended(target, hessian, grid, levels, scales, 1)
+        seen.append(errors(levels))
+        assert bool((seen[-1] <= seen[-2] * (1 + 1e-4)).all())
+    assert bool((seen[1] < 0.7 * seen[0]).all())
+    again = _descended(target, hessian, grid, grid.levels(target, scales), scales, 0)
+    assert torch.equal(again, grid.levels(target, scales))
 
 
 @given(
@@ -128,8 +154,8 @@ def test_the_same_twice_and_from_half_precision() -> None:
 def test_errors() -> None:
     inputs = statistics(correlated(8))
     options: Any = {"code": "int4", "group_size": 8}
-    for wrong in ({"damping": 0.0}, {"passes": 0}):
-        with pytest.raises(ValueError, match="damping must be above 0 and passes at least 1, got"):
+    for wrong in ({"damping": 0.0}, {"passes": 0}, {"sweeps": -1}):
+        with pytest.raises(ValueError, match="damping must be above 0, passes at least 1 and sweeps at least 0, got"):
             gptq(torch.ones(2, 8), inputs, **options, **wrong)
     with pytest.raises(
         ValueError, match=r"a hessian \[blocks, 9, 9\] whose blocks divide 2 outputs .* got \[1, 8, 8\]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -74,6 +75,13 @@ class Engine:
         return value
 
 
+#: What `fit` says of a launch that it does not serve.
+REFUSED = (
+    "fit runs under DDP and FSDP2, this launch is configured for {}: set fsdp_version: 2, or use "
+    "pykd.DistillationTrainer, whose TrainingArguments take a DeepSpeed configuration"
+)
+
+
 class Launched(Engine):
     """One of the processes of `accelerate launch`: DDP or FSDP2, as its configuration says, on the device it assigns.
 
@@ -83,15 +91,14 @@ class Launched(Engine):
     def __init__(self, config: TrainConfig, device: torch.device, *, find_unused_parameters: bool = False) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            raise ValueError(REFUSED.format("DEEPSPEED"))
         self.together = Processes()
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
         self.accelerator = Accelerator(cpu=on_cpu(), kwargs_handlers=handlers)
         kind = self.accelerator.distributed_type
-        if kind == "DEEPSPEED" or (kind == "FSDP" and not self.accelerator.is_fsdp2):
-            raise ValueError(
-                f"fit runs under DDP and FSDP2, this launch is configured for {kind.value}: set fsdp_version: 2, or "
-                "use pykd.DistillationTrainer, whose TrainingArguments take a DeepSpeed configuration"
-            )
+        if kind == "FSDP" and not self.accelerator.is_fsdp2:
+            raise ValueError(REFUSED.format(kind.value))
         super().__init__(config, self.accelerator.device)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
 

@@ -85,6 +85,15 @@ def test_fsdp1_is_refused() -> None:
     assert "fit runs under DDP and FSDP2, this launch is configured for FSDP: set fsdp_version: 2" in done.stderr
 
 
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(
+        ValueError, match=r"this launch is configured for DEEPSPEED: .*DistillationTrainer, whose Train"
+    ):
+        engine_for(TrainConfig(), torch.device("cpu"))
+
+
 REFUSED = """
 import os, torch
 os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0",

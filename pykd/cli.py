@@ -299,7 +299,7 @@ def export(
         str,
         typer.Option(
             help="dense: an ordinary checkpoint that loads without pykd; onnx: a file for ONNX Runtime, packed; "
-            "compressed-tensors: a folder for vLLM, of w4a16, w8a16 or w8a8 layers"
+            "compressed-tensors: a folder for vLLM, of w4a16, w8a16 or w8a8 layers; gguf: the weights of a Llama"
         ),
     ] = "dense",
     recipe: Annotated[

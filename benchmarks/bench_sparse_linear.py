@@ -76,15 +76,15 @@ class Case:
     def call(self, peer: str) -> tuple[Callable[[int], Any], int]:
         """The peer as a function of the turn, and the bytes of one of its weights."""
         x, dense, turn = self.x, self.dense, lambda i: i % self.layers
+        if peer in QUANTIZED:
+            calls = [_quantized(weight, peer) for weight in dense]
+            return lambda i: calls[turn(i)](x), dense[0].numel()
         if peer.startswith("pykd"):
             dtype = torch.bfloat16 if peer == "pykd bf16" else torch.float32
             packed = [pack(weight.to(dtype)) for weight in dense]
             activations = x.to(dtype)
             size = packed[0].bitmask.numel() + packed[0].values.numel() * packed[0].values.element_size()
             return lambda i: sparse_linear(activations, packed[turn(i)]), size
-        if peer in QUANTIZED:
-            calls = [_quantized(weight, peer) for weight in dense]
-            return lambda i: calls[turn(i)](x), dense[0].numel()
         if peer == "torch dense fp32":
             return lambda i: F.linear(x, dense[turn(i)]), dense[0].numel() * 4
         if peer == "torch dense bf16":

@@ -55,7 +55,7 @@ def codebook_code(table: Sequence[float]) -> str:
     >>> codebook_code([k / 8 - 1 for k in range(16)])[:29]
     'codebook:-1.0,-0.875,-0.75,-0'
     """
-    values: list[float] = torch.tensor([float(value) for value in table]).tolist()
+    values: list[float] = torch.tensor([float(value) for value in table], device="cpu").tolist()  # not on "meta"
     finite = len(values) == 16 and all(map(math.isfinite, values))
     if not finite or 0.0 not in values or not min(values) < 0 < max(values):
         raise ValueError(

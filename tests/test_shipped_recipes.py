@@ -51,17 +51,23 @@ def test_translation(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == 200
     texts = [row[side] for row in rows for side in ("source", "target")]
-    debian_rows.train_tokenizer(texts, 300).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = debian_rows.train_tokenizer(texts, 300)
+    encoder = {"model_type": "bert", "vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1,
+               "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
+    judge = load_huggingface(None, "sequence-classification", num_labels=2, config=encoder)
+    for folder in ("tokenizer", "judge"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    judge.save_pretrained(tmp_path / "judge")
     overrides = [
         f"data.path={source}", f"data.tokenizer={tmp_path / 'tokenizer'}", "data.max_length=24",
         "data.max_target_length=16", "teacher.config.d_model=64", "teacher.config.d_kv=32", "teacher.config.d_ff=128",
         "teacher.config.num_layers=2", "teacher.config.num_decoder_layers=2", "teacher.config.num_heads=2",
         "teacher.train.max_steps=3", "student.depth=1", "stages[0].distill.max_steps=4",
-        "stages[0].distill.validate_steps=2", *FAST,
+        "stages[0].distill.validate_steps=2", f"evaluate.bertscore_model={tmp_path / 'judge'}", *FAST,
     ]  # fmt: skip
     done = run(RECIPES / "translation.yaml", output_dir=tmp_path / "out", overrides=overrides, progress=False)
     assert done.reload.identical and done.final.size_bytes < 0.5 * done.teacher.size_bytes
-    assert {"bleu", "chrf", "ter"} <= set(done.final.metrics)
+    assert {"bleu", "chrf", "ter", "bertscore"} <= set(done.final.metrics)
     assert f"reaches chrF {done.final.metrics['chrf']:.2f}, BLEU" in done.verdict() and "errors" not in done.verdict()
     assert "errors" not in (done.directory / "run.log").read_text()
     model = from_pretrained(done.directory / "model")

@@ -24,7 +24,8 @@ WORST = 5
 def validator(data: DataBundle, *, batch_size: int = 64) -> Callable[[nn.Module], dict[str, Any]]:
     """validate(model) with the metrics of the task of ``data`` on its test split, the one that counts first.
 
-    F1 of entities, perplexity of language models, the score of generated texts, accuracy of classes.
+    F1 of entities, perplexity of language models, the score of generated texts, accuracy of classes. Beside the
+    metrics are ``wrong``, the numbers of the examples with an error, and ``examples``, the worst of them.
     """
     if data.task == "classification":
         return classification_validator(data, batch_size=batch_size)
@@ -34,24 +35,29 @@ def validator(data: DataBundle, *, batch_size: int = 64) -> Callable[[nn.Module]
         score, _ = quality_score(found.metrics, WEIGHTS[data.task])
         first = FIRST[data.task]
         metrics = {first: (found.metrics | {"score": score})[first], **found.metrics, "score": score}
-        return metrics | {"examples": _worst(found, data)}
+        return metrics | _errors(found, data)
 
     return validate
 
 
-def _worst(found: Answers, data: DataBundle) -> list[dict[str, Any]]:
-    """The examples with the most wrong positions, or, of texts, those that are least alike."""
+def _errors(found: Answers, data: DataBundle) -> dict[str, Any]:
+    """``wrong``, the numbers of the examples with an error, and ``examples``, the worst of them.
+
+    Those with the most wrong positions, or, of texts, those that are least alike.
+    """
+    said: list[dict[str, Any]]
     if found.texts:
         alike = [SequenceMatcher(None, *pair).ratio() for pair in zip(found.references, found.texts, strict=True)]
-        order = sorted(range(len(alike)), key=alike.__getitem__)[:WORST]
-        return [
-            {"index": i, "text": _text(data, i), "label": found.references[i], "prediction": found.texts[i]}
-            for i in order
-            if alike[i] < 1
-        ]
-    wrong = [count - right for count, right in zip(found.rows, found.right(), strict=True)]
-    order = sorted(range(len(wrong)), key=lambda row: -wrong[row])[:WORST]
-    return [{"index": i, "text": _text(data, i), "wrong": wrong[i], "of": found.rows[i]} for i in order if wrong[i]]
+        wrong = [index for index, share in enumerate(alike) if share < 1]
+        worst = sorted(wrong, key=alike.__getitem__)[:WORST]
+        said = [{"label": found.references[index], "prediction": found.texts[index]} for index in worst]
+    else:
+        counts = [count - right for count, right in zip(found.rows, found.right(), strict=True)]
+        wrong = [index for index, count in enumerate(counts) if count]
+        worst = sorted(wrong, key=lambda index: -counts[index])[:WORST]
+        said = [{"wrong": counts[index], "of": found.rows[index]} for index in worst]
+    examples = [{"index": i, "text": _text(data, i), **each} for i, each in zip(worst, said, strict=True)]
+    return {"wrong": wrong, "examples": examples}
 
 
 def _text(data: DataBundle, index: int) -> str:

@@ -162,6 +162,7 @@ class Pipeline:
             name=self.labels[name],
             batch_size=options.batch_size,
             latency_rounds=options.latency_rounds,
+            bertscore_model=options.bertscore_model,
             batch_sizes=options.batch_sizes,
             lengths=options.lengths,
             path=folder,

@@ -289,6 +289,9 @@ class Evaluate(Section):
     batch_size: int = Field(default=64, ge=1)
     latency_rounds: int = Field(default=50, ge=1, description="timed calls at batch 1")
     speed_rounds: int = Field(default=20, ge=1, description="alternating rounds against the teacher, for the ratio")
+    bertscore_model: str | None = Field(
+        default=None, description="folder of an encoder: generated texts get BERTScore by it"
+    )
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=list, description="further calls to time, rows"
     )

@@ -138,6 +138,7 @@ def test_a_validator_of_every_task_shows_the_worst(task: str, bundles: dict[str,
     first = {"token-classification": "f1", "seq2seq-lm": "score"}.get(task, "perplexity")
     assert next(iter(found)) == first and 0 <= found["score"] <= 1
     assert 1 <= len(found["examples"]) <= 5 and found["examples"][0]["text"]
+    assert {example["index"] for example in found["examples"]} <= set(found["wrong"]) <= set(range(6))
 
 
 def test_bertscore_of_a_model_that_the_user_names(tmp_path: Path, tokenizer: Any) -> None:

@@ -328,3 +328,19 @@ def test_export(saved: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.Capt
     assert "already holds a saved model; pass overwrite=True" in capsys.readouterr().err
     assert cli.main(["export", str(packed), str(tmp_path / "new"), "--format", "onix"]) == 2
     assert "unknown format 'onix': did you mean 'onnx'?" in capsys.readouterr().err
+
+
+def test_export_of_packed_layers(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+    }
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = pykd.quantize(load_huggingface(None, "causal-lm", config=config).eval(), scheme="w8a16")
+    folder = save_pretrained(model, tmp_path / "model")
+    for name in ("compressed-tensors", "gguf"):
+        assert cli.main(["export", str(folder), str(tmp_path / name), "--format", name]) == 0
+        assert "7 packed layers read back, within" in capsys.readouterr().out

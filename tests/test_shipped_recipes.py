@@ -67,6 +67,8 @@ def test_translation(tmp_path: Path) -> None:
     ]  # fmt: skip
     done = run(RECIPES / "translation.yaml", output_dir=tmp_path / "out", overrides=overrides, progress=False)
     assert done.reload.identical and done.final.size_bytes < 0.5 * done.teacher.size_bytes
+    validated = done.measured[1].details["validations"]
+    assert [entry["step"] for entry in validated] == [2, 4] and "newly_right" in validated[1]
     assert {"bleu", "chrf", "ter", "bertscore"} <= set(done.final.metrics)
     assert f"reaches chrF {done.final.metrics['chrf']:.2f}, BLEU" in done.verdict() and "errors" not in done.verdict()
     assert "errors" not in (done.directory / "run.log").read_text()

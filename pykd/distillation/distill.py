@@ -140,7 +140,7 @@ def distill(
         loss_fn = _loss(terms, source, classes)
         settings |= _settings(methods, shares, teacher_scheme)
     its = None if isinstance(teacher, TeacherCache) else teachers[0]
-    validate, guard = watched(validate, guard, data, teacher=its)
+    validate, guard = watched(validate, guard, data, teacher=its, every=validate_steps)
     with source.frozen(), terms.ready(first_batch(data, student), seed=seed) if terms else contextlib.nullcontext():
         history = fit(
             student,

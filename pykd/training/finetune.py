@@ -90,7 +90,7 @@ def finetune(
         return label_loss(model, batch, classes=classes, label_smoothing=label_smoothing), {}
 
     settings = {"label_smoothing": label_smoothing}
-    validate, guard = watched(validate, guard, data)
+    validate, guard = watched(validate, guard, data, every=validate_steps)
     history = fit(
         model,
         data,

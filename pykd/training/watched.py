@@ -14,13 +14,21 @@ from pykd.training.watch import Validate
 
 
 def watched(
-    validate: Validate | None, guard: Guard | None, data: object, *, teacher: nn.Module | None = None
+    validate: Validate | None,
+    guard: Guard | None,
+    data: object,
+    *,
+    teacher: nn.Module | None = None,
+    every: int | None = None,
 ) -> tuple[Validate | None, Guard | None]:
     """The given ones; for a guard without ``validate`` the held-out split, and the teacher's value if there is one.
 
+    every: steps between validations, where the caller named them: then a bundle is validated without a guard too.
     Raises ValueError for a guard without both.
     """
     if guard is None:
+        if validate is None and every is not None and isinstance(data, DataBundle):
+            validate = validator(data)
         return validate, None
     if validate is None:
         if not isinstance(data, DataBundle):

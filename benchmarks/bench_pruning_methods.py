@@ -14,22 +14,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from bench_quantization_methods import Row, row, scores
+from bench_quantization_methods import Row, row, run, scores, subjects
 from torch import Tensor, nn
 
 from pykd.calibration import Inputs, calibrate, calibration_batches
-from pykd.data import DataBundle, load_text
-from pykd.data.bundle import permutation
-from pykd.data.tables import is_local, read_table
-from pykd.pipeline.saved import load_saved
+from pykd.data import DataBundle
 from pykd.pruning import prune
 from pykd.pruning.weights import select_weights
 
@@ -132,18 +127,7 @@ def line(found: Row, texts: int) -> str:
 
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
     """Every variant that the patterns of `--only` admit, printed as it is measured."""
-    has_split = is_local(settings.data) and "split" in read_table(settings.data).columns
-    data = load_text(
-        settings.data,
-        tokenizer=settings.model,
-        max_length=settings.max_length,
-        split_column="split" if has_split else None,
-        test_size=settings.texts,
-    )
-    model = load_saved(settings.model).eval()
-    texts = permutation(len(data.test), seed=settings.seed)[: settings.texts]
-    texts.sort(key=lambda index: len(str(data.test[index].get("text", ""))))  # less padding
-    labels = torch.tensor([data.test[index]["labels"] for index in texts])
+    model, data, texts, labels = subjects(settings)
     want = scores(model, data, texts, settings.batch_size)
     rows = [row("as it is", want, want, labels, share="0", ratio=None, prune_s=0.0)]
     print(f"{len(texts)} texts, {settings.samples} samples\n")
@@ -170,23 +154,8 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Quality of the pruning methods on a trained text classifier.")
-    parser.add_argument("--model", required=True, help="folder of the model, with its tokenizer")
-    parser.add_argument("--data", required=True, help="labelled texts: .csv, .jsonl, .parquet, or a datasets name")
-    parser.add_argument("--texts", type=int, default=3000, help="held-out texts that are measured")
-    parser.add_argument("--samples", type=int, default=256, help="training texts that calibrate")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.15, 0.3, 0.5, 0.7])
-    parser.add_argument("--max-length", type=int, default=64, help="tokens a text is cut at")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="which texts and samples, and the bootstrap")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="variants, as 'pykd * 0.5'")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the numbers here")
-    settings = parser.parse_args(arguments)
-    found = measure(settings)
-    if settings.json is not None:
-        from pykd.evaluation.environment import environment
-
-        content = {"environment": environment(), **found}
-        settings.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    run(parser, measure, arguments)
 
 
 if __name__ == "__main__":

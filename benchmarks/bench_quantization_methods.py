@@ -60,6 +60,7 @@ EMBEDDINGS: tuple[str, ...] = ("w8a16", "w4a16", "nf4")
 #: weight, group size -> (what the peer makes of it, the bytes that it stores)
 Peer = Callable[[Tensor, int], tuple[Tensor, int]]
 Row = dict[str, Any]
+Measure = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 def bitsandbytes(kind: str) -> Peer:
@@ -257,8 +258,8 @@ def line(found: Row, texts: int) -> str:
     return f"| {' | '.join(cells)} | {found['quantize_s']:.1f} |"
 
 
-def measure(settings: argparse.Namespace) -> dict[str, Any]:
-    """Every variant that the patterns of `--only` admit, printed as it is measured."""
+def subjects(settings: argparse.Namespace) -> tuple[nn.Module, DataBundle, list[int], Tensor]:
+    """The model, the data, which test texts are measured, and their labels. Short texts come first: less padding."""
     has_split = is_local(settings.data) and "split" in read_table(settings.data).columns
     data = load_text(
         settings.data,
@@ -269,9 +270,15 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         split_column="split" if has_split else None,
         test_size=settings.texts,
     )
-    model = load_saved(settings.model).eval()
     texts = permutation(len(data.test), seed=settings.seed)[: settings.texts]
+    texts.sort(key=lambda index: len(str(data.test[index].get("text", ""))))
     labels = torch.tensor([data.test[index]["labels"] for index in texts])
+    return load_saved(settings.model).eval(), data, texts, labels
+
+
+def measure(settings: argparse.Namespace) -> dict[str, Any]:
+    """Every variant that the patterns of `--only` admit, printed as it is measured."""
+    model, data, texts, labels = subjects(settings)
     want = scores(model, data, texts, settings.batch_size)
     if want.shape[1] != len(data.class_names):
         raise SystemExit(f"the model tells {want.shape[1]} classes apart, the data {len(data.class_names)}: not a pair")
@@ -304,19 +311,20 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     return {"settings": chosen, "data": data.describe(), "rows": rows, "not_measured": absent}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Quality of the quantization methods on a trained text classifier.")
+def run(
+    parser: argparse.ArgumentParser, measure: Callable[[Any], dict[str, Any]], arguments: Sequence[str] | None
+) -> None:
+    """Parse the options that all such tables share beside the parser's own, measure, and write the numbers if asked."""
     parser.add_argument("--model", required=True, help="folder of the model, with its tokenizer")
     parser.add_argument("--data", required=True, help="labelled texts: .csv, .jsonl, .parquet, or a datasets name")
     parser.add_argument("--texts", type=int, default=3000, help="held-out texts that are measured")
     parser.add_argument("--samples", type=int, default=256, help="training texts that calibrate")
-    parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=64, help="tokens a text is cut at")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="which texts and samples")
+    parser.add_argument("--seed", type=int, default=0, help="which texts and samples, and the bootstrap's draws")
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="variants, as 'pykd nf4 *'")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="variants, as 'pykd *'")
     parser.add_argument("--json", type=pathlib.Path, help="also write the numbers here")
     settings = parser.parse_args(arguments)
     found = measure(settings)
@@ -325,6 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         content = {"environment": environment(), **found}
         settings.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Quality of the quantization methods on a trained text classifier.")
+    parser.add_argument("--group-size", type=int, default=64)
+    run(parser, measure, arguments)
 
 
 if __name__ == "__main__":

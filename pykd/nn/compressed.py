@@ -119,6 +119,12 @@ class CompressedModule(nn.Module, abc.ABC):
         return self
 
 
+def empty_bias(layer: Any, spec: dict[str, Any], device: torch.device | str | None) -> None:
+    """A bias of zeros, to be filled, where the description says that there is one."""
+    if spec["bias"]:
+        layer.bias = nn.Parameter(torch.zeros(layer.rows, dtype=layer.dtype, device=device))
+
+
 def dense_linear(layer: Any) -> nn.Linear:
     """An ordinary linear layer with the dequantized weight of a compressed one and its very bias."""
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=layer.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
-from pykd.nn.compressed import CompressedModule
+from pykd.nn.compressed import CompressedModule, empty_bias
 from pykd.nn.conv_fields import FIELDS, is_pointwise
 from pykd.nn.linear_4bit import Weight4bit
 from pykd.nn.linear_8bit import StaticInput, Weight8bit, static_of
@@ -55,9 +55,13 @@ class CompressedConv2d(CompressedModule):
         lists = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         return {"type": type(self).__name__, **lists, "bias": self.bias is not None, **self._spec()}
 
-    def _empty_bias(self, spec: dict[str, Any], device: torch.device | str | None) -> None:
-        if spec["bias"]:
-            self.bias = nn.Parameter(torch.zeros(self.out_channels, dtype=self.dtype, device=device))
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
+        make: Any = cls  # the packed forms take their description and have tensors to fill
+        layer: Self = make(spec)
+        make._register_empty(layer, spec, device)
+        empty_bias(layer, spec, device)
+        return layer
 
     def dequantize(self) -> Tensor:
         return self._matrix().view(self.out_channels, -1, *self.kernel_size)
@@ -175,13 +179,6 @@ class Conv2d4bit(CompressedConv2d, Weight4bit):
         self.finalize()
         return self
 
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
-        layer = cls(spec)
-        layer._register_empty(spec, device)
-        layer._empty_bias(spec, device)
-        return layer
-
 
 class Conv2d8bit(CompressedConv2d, Weight8bit):
     """`nn.Conv2d` with an int8 weight; with "w8a8" a 1x1 one rounds the channels of every pixel to int8, with
@@ -210,13 +207,6 @@ class Conv2d8bit(CompressedConv2d, Weight8bit):
         layer.finalize()
         return layer
 
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
-        layer = cls(spec)
-        layer._register_empty(spec, device)
-        layer._empty_bias(spec, device)
-        return layer
-
 
 class Conv2d16bit(CompressedConv2d, Weight16bit):
     """`nn.Conv2d` with a weight stored in bfloat16 or float16, which computes from a dense one in the layer's dtype.
@@ -243,11 +233,4 @@ class Conv2d16bit(CompressedConv2d, Weight16bit):
         layer.bias = cast("nn.Parameter | None", conv.bias)
         layer.train(conv.training)
         layer.finalize()
-        return layer
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
-        layer = cls(spec)
-        layer._register_empty(spec, device)
-        layer._empty_bias(spec, device)
         return layer

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from pykd.errors import nearest
 from pykd.nn.codecs.sixteen_bit import SCHEMES_16BIT, round_16bit
-from pykd.nn.compressed import CompressedModule, dense_linear
+from pykd.nn.compressed import CompressedModule, dense_linear, empty_bias
 from pykd.ops.bitmask import pack_bits, unpack_bits
 
 #: Dtypes that hold every value of both 16-bit types.
@@ -159,8 +159,7 @@ class Linear16bit(Weight16bit):
     def from_spec(cls, spec: dict[str, Any], *, device: torch.device | str | None = None) -> Self:
         layer = cls(spec["in_features"], spec["out_features"], spec["scheme"])
         layer._register_empty(spec, device)
-        if spec["bias"]:
-            layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))
+        empty_bias(layer, spec, device)
         return layer
 
     def dequantize(self) -> Tensor:

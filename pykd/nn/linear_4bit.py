@@ -11,7 +11,7 @@ from typing_extensions import Self
 from pykd.errors import nearest
 from pykd.nn.activation import followed_by
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
-from pykd.nn.compressed import CompressedModule, dense_linear
+from pykd.nn.compressed import CompressedModule, dense_linear, empty_bias
 from pykd.ops.activation import check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import DTYPE_CODES, native, skips_dispatcher
@@ -329,8 +329,7 @@ class Linear4bit(Weight4bit):
         names = ("in_features", "out_features", "scheme", "group_size", "symmetric")
         layer = cls(*(spec[name] for name in names), activation=spec.get("activation"))
         layer._register_empty(spec, device)
-        if spec["bias"]:
-            layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))
+        empty_bias(layer, spec, device)
         return layer
 
     def dequantize(self) -> Tensor:

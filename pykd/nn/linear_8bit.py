@@ -13,7 +13,7 @@ from typing_extensions import Self
 from pykd.errors import nearest
 from pykd.nn.activation import followed_by
 from pykd.nn.codecs.eight_bit import EightBit, dequantize_8bit, quantize_8bit
-from pykd.nn.compressed import CompressedModule, dense_linear
+from pykd.nn.compressed import CompressedModule, dense_linear, empty_bias
 from pykd.ops.activation import activate, check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import DTYPE_CODES, native
@@ -257,8 +257,7 @@ class Linear8bit(Weight8bit):
         options: dict[str, Any] = {"activation": spec.get("activation"), "static": static_of(spec)}
         layer = cls(*sizes, spec["scheme"], spec.get("group_size"), **options)
         layer._register_empty(spec, device)
-        if spec["bias"]:
-            layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.dtype, device=device))
+        empty_bias(layer, spec, device)
         return layer
 
     def dequantize(self) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pykd.errors import RecipeError
-from pykd.pipeline.directory import RunDirectory
+from pykd.pipeline.directory import RunDirectory, held
 from pykd.pipeline.result import Run
 from pykd.pipeline.runner import Pipeline
 from pykd.recipe import Recipe, RecipeLike, load_recipe
@@ -77,9 +75,7 @@ def run_chain(
         return again
 
     for each, folder, continued in zip(recipes, folders, together.shared(check), strict=True):
-        opened = RunDirectory.open(folder, each, resume=continued, overwrite=overwrite)
-        with contextlib.ExitStack() as stack:  # the first process holds the folder for all
-            directory = together.once(functools.partial(stack.enter_context, opened)) or RunDirectory(folder, each)
+        with held(folder, each, together, resume=continued, overwrite=overwrite) as directory:
             pipeline = Pipeline(each, directory, cache=path.parent / "teachers", progress=progress, together=together)
             yield pipeline.execute()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any
 from pykd.errors import ArtifactError, RecipeError
 from pykd.io.files import atomic_write
 from pykd.recipe import Recipe, recipe_hash, recipe_yaml
+from pykd.training.processes import Processes
 
 logger = logging.getLogger("pykd.pipeline")
 
@@ -176,6 +178,14 @@ class RunDirectory:
         """Mark a stage as finished and drop its checkpoints."""
         self.write(f"stages/{stage}.json", json.dumps(record, indent=2, allow_nan=False))
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(path: Path, recipe: Recipe, together: Processes, *, resume: bool, overwrite: bool) -> Iterator[RunDirectory]:
+    """The folder of a run in several processes: the first one holds it for all."""
+    opened = RunDirectory.open(path, recipe, resume=resume, overwrite=overwrite)
+    with contextlib.ExitStack() as stack:
+        yield together.once(functools.partial(stack.enter_context, opened)) or RunDirectory(path, recipe)
 
 
 @contextlib.contextmanager

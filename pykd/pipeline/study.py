@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import logging
 import time
@@ -20,7 +18,7 @@ from pykd.evaluation.comparison import table
 from pykd.evaluation.report import Report
 from pykd.io.files import sha256
 from pykd.io.save import WEIGHTS, save_pretrained
-from pykd.pipeline.directory import RANKING, RunDirectory
+from pykd.pipeline.directory import RANKING, held
 from pykd.pipeline.result import Measured, Run
 from pykd.pipeline.runner import Pipeline
 from pykd.pipeline.stages import apply_chain
@@ -131,9 +129,7 @@ def run_study(
         )
     path = Path(output_dir) if output_dir is not None else Path("runs") / checked.name
     together = Processes()
-    opened = RunDirectory.open(path, checked, resume=resume, overwrite=overwrite)
-    with contextlib.ExitStack() as stack:  # the first process holds the folder for all
-        directory = together.once(functools.partial(stack.enter_context, opened)) or RunDirectory(path, checked)
+    with held(path, checked, together, resume=resume, overwrite=overwrite) as directory:
         options: dict[str, Any] = {"cache": path.parent / "teachers", "progress": progress, "together": together}
         return _Study(checked, directory, **options).study()
 

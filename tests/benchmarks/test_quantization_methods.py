@@ -32,7 +32,9 @@ def test_every_method_is_in_the_table(
         monkeypatch.setitem(sys.modules, name, None)
     found = run(model, tmp_path)
     rows = {row["name"]: row for row in found["rows"]}
-    assert len(rows) == 1 + 2 + 4 * 4 + 3 * 3 and set(found["not_measured"]) == set(bench.PEERS)
+    schemes = sum(len(methods) for _, _, methods in bench.SCHEMES)
+    assert len(rows) == 1 + schemes + 2 + 3 * 3  # as it is, schemes, the textbook's, embeddings
+    assert set(found["not_measured"]) == {*bench.PEERS, bench.TORCHAO_INT8}
     assert rows["as it is"]["kl"] == 0 and rows["as it is"]["flips"] == 0
     for name, row in rows.items():
         assert row["kl"] < 0.5 and 0 <= row["flips"] <= 60 and 0 <= row["accuracy"] <= 1
@@ -46,7 +48,7 @@ def test_every_method_is_in_the_table(
     assert together < min(rows["pykd w4a16 rtn"]["size_bytes"], rows["pykd embeddings w8a16"]["size_bytes"])
     assert found["settings"]["group_size"] == 32 and found["environment"]
     out = capsys.readouterr().out
-    assert out.count("\n| pykd") == 27 and "not measured: torchao int4 (ModuleNotFoundError" in out
+    assert out.count("\n| pykd") == schemes + 9 and "not measured: torchao int4 (ModuleNotFoundError" in out
 
 
 def test_a_peer_rounds_the_same_layers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ A BERT teacher of 6 layers 512 wide, a student of 4 layers 312 wide, a vocabular
 with a label at every position; AdamW, clipping, dropout off. The three start from the same weights and take the same
 batches: their losses must agree before anything is timed. Times are medians of rounds in which they take turns, each
 of several steps; the ratios are medians of the rounds' ratios. Where the CPU has no bfloat16 arithmetic that case takes
-one round of one step, which is some minutes each. PYKD_BENCH=small runs a small shape once.
+one round of one step, more than five minutes in all on 2 cores of a Zen 3. PYKD_BENCH=small runs a small shape once.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any
 
 
 def has_bf16() -> bool:
-    """Whether torch multiplies in bfloat16 here; a CPU that cannot takes minutes a step."""
+    """Whether torch multiplies in bfloat16 here; a CPU that cannot converts at every use."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -1,10 +1,9 @@
 """Triton: linear layer over a weight of which square blocks are kept whole; the tensor cores meet no pruned block."""
 
-import os
-
-import torch
 import triton
 import triton.language as tl
+
+from .sparse_linear import DOT_TYPES
 
 
 @triton.jit
@@ -45,11 +44,6 @@ def _kernel(
     )
 
 
-# Triton's interpreter multiplies the bits of bfloat16 in tl.dot as if they were integers: it gets float32.
-_BF16 = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: _BF16, torch.float16: tl.float16}
-
-
 def sparse_blocks(x, blocks, columns, offsets, bias, y):
     """Launch on contiguous x [rows, in], writing y [rows, out] of x's dtype; sums in float32."""
     rows, in_features = x.shape
@@ -66,7 +60,7 @@ def sparse_blocks(x, blocks, columns, offsets, bias, y):
         in_features,
         y.shape[1],
         HAS_BIAS=bias is not None,
-        DOT=_TYPES[x.dtype] if x.dtype == blocks.dtype else tl.float32,
+        DOT=DOT_TYPES[x.dtype] if x.dtype == blocks.dtype else tl.float32,
         SIZE=blocks.shape[1],
         BLOCK_M=block_m,
     )

@@ -52,7 +52,7 @@ def _kernel(
 
 # Triton's interpreter multiplies the bits of bfloat16 in tl.dot as if they were integers: it gets float32.
 _BF16 = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: _BF16, torch.float16: tl.float16}
+DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: _BF16, torch.float16: tl.float16}
 
 
 def sparse_linear(x, bitmask, values, offsets, bias, y):
@@ -73,7 +73,7 @@ def sparse_linear(x, bitmask, values, offsets, bias, y):
         out_features,
         row_bytes,
         HAS_BIAS=bias is not None,
-        DOT=_TYPES[x.dtype] if x.dtype == values.dtype else tl.float32,
+        DOT=DOT_TYPES[x.dtype] if x.dtype == values.dtype else tl.float32,
         BLOCK_M=block_m,
         BLOCK_N=64,
         BLOCK_K=32,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,12 +30,36 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+#: Browsers that draw a page without a window.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, with that reason, where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    """A test whose marks ask for what this machine lacks is skipped, with that reason."""
+    for item in items:
+        lacking = [reason for mark in item.iter_markers() if (reason := _lacking(mark))]
+        if lacking:
+            item.add_marker(pytest.mark.skip(reason=lacking[0]))
+
+
+def _lacking(mark: pytest.Mark) -> str:
+    if mark.name == "gpu":
+        gigabytes = mark.kwargs.get("gigabytes", 0)
+        if not torch.cuda.is_available():
+            return "needs an NVIDIA GPU"
+        return f"needs {gigabytes} GB of free GPU memory" if torch.cuda.mem_get_info()[0] < gigabytes * 1e9 else ""
+    if mark.name == "browser":
+        return "" if any(map(shutil.which, BROWSERS)) else f"needs a browser: {', '.join(BROWSERS)}"
+    if mark.name == "mount":
+        return "" if _may_mount() else "needs the right to mount a file system (CAP_SYS_ADMIN)"
+    return ""
+
+
+def _may_mount() -> bool:
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+    rights = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    return bool(rights >> 21 & 1)
 
 
 @pytest.fixture(autouse=True)
@@ -76,11 +101,9 @@ def word_tokenizer() -> Callable[..., Any]:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a file system of 64 KiB, which only root can mount; others have the tests that fake a full disk."""
+    """A folder on a file system of 64 KiB, for tests marked `mount`; faked errors test full disks everywhere."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("a small file system needs root and the right to mount; full disks are also tested by faked errors")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
     yield disk
     subprocess.run(["umount", str(disk)], check=True)

@@ -133,6 +133,7 @@ def test_an_error_of_the_body_stays_what_it_is(tmp_path: Path) -> None:
         1 / 0  # noqa: B018
 
 
+@pytest.mark.mount
 def test_a_full_disk_is_one_sentence_and_no_debris(tiny_disk: Path) -> None:
     target = tiny_disk / "model"
     with atomic_directory(target) as folder:

@@ -120,6 +120,7 @@ def test_a_damaged_newest_is_passed_over_for_the_one_before(tmp_path: Path, capl
     assert "state-00000002.safetensors of step 2 is missing or was changed" in caplog.text
 
 
+@pytest.mark.mount
 def test_a_disk_that_fills_up_stops_a_run_with_its_last_checkpoint(tiny_disk: Path) -> None:
     model = nn.Linear(30, 30)  # 11 KB with both moments of Adam: two states fit beside what arrives at step 3
     data = [{"x": torch.randn(4, 30)} for _ in range(6)]

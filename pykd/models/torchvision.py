@@ -160,7 +160,7 @@ def _official_state(name: str, weights: str, models: Any) -> dict[str, Tensor]:
         )
     entry = known[weights]
     try:
-        state: dict[str, Tensor] = entry.get_state_dict(progress=True, check_hash=True)
+        state: dict[str, Tensor] = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
         return state
     except Exception as error:  # no network, a refused download, a broken cache: one sentence for all of them
         raise ModelLoadError(

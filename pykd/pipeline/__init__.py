@@ -6,8 +6,9 @@ from pykd.pipeline.chain import run, run_chain
 from pykd.pipeline.compare import compare_saved, safety_saved
 from pykd.pipeline.exported import export_saved
 from pykd.pipeline.result import Run
-from pykd.pipeline.saved import evaluate_saved, prune_saved, quantize_saved, verify_saved
+from pykd.pipeline.saved import evaluate_saved, prune_saved, quantize_saved
 from pykd.pipeline.study import StudyRun, run_study
+from pykd.pipeline.verified import verify, verify_saved
 
 __all__ = [
     "Run",
@@ -21,5 +22,6 @@ __all__ = [
     "run_chain",
     "run_study",
     "safety_saved",
+    "verify",
     "verify_saved",
 ]

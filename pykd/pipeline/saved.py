@@ -1,4 +1,4 @@
-"""Single steps on saved models, as the command line offers them: evaluate, prune, quantize, verify."""
+"""Single steps on saved models, as the command line offers them: evaluate, prune, quantize, compress."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pykd.data import DataBundle
 from pykd.errors import ArtifactError, RecipeError
 from pykd.evaluation import Report, evaluate
 from pykd.evaluation.counting import count_parameters, saved_bytes
-from pykd.io.files import sha256
 from pykd.io.load import from_pretrained
 from pykd.io.manifest import MANIFEST, read_manifest
-from pykd.io.save import CONFIG, WEIGHTS, save_pretrained
-from pykd.models.adapter import logits, num_classes, origin
+from pykd.io.save import CONFIG, save_pretrained
 from pykd.models.example import example_batch
 from pykd.models.huggingface import TASKS, load_huggingface
 from pykd.nn.linear_8bit import STATIC
@@ -38,7 +35,7 @@ def load_saved(path: str | Path) -> nn.Module:
     folder = Path(path)
     if (folder / MANIFEST).exists() or not (folder / CONFIG).exists():
         return from_pretrained(folder)
-    return load_huggingface(str(folder), _task(folder)).eval()
+    return load_huggingface(str(folder), _task(folder), local_files_only=True, trust_remote_code=False).eval()
 
 
 def evaluate_saved(
@@ -130,7 +127,7 @@ def compress_saved(
     goal, folder = Target.of(target), Path(output)
     data = data_of(Path(path), recipe, overrides)
     found = compress_to(load_saved(path), goal, data, output_dir=folder, **options)
-    provenance = {**_provenance(Path(path)), "made_from": str(path)}
+    provenance = {**provenance_of(Path(path)), "made_from": str(path)}
     saved = folder / "model"
     save_pretrained(found.model, saved, tokenizer=tokenizer_of(Path(path)), provenance=provenance, overwrite=True)
     best, base = found.best.report, found.base
@@ -145,40 +142,9 @@ def compress_saved(
     }
 
 
-def verify_saved(path: str | Path) -> dict[str, Any]:
-    """Check a saved model: checksums, loading through the official library, one forward pass.
-
-    Returns facts to print. Raises ArtifactError or ModelLoadError with the reason why it is not usable.
-    """
-    folder = Path(path)
-    model = load_saved(folder)
-    with torch.no_grad():
-        scores = logits(model, example_of(model, folder))
-    if not bool(scores.isfinite().all()):
-        raise ArtifactError(
-            f"{folder} loads, but its forward pass gives values that are not finite; save the model again"
-        )
-    parameters, nonzero = count_parameters(model)
-    source = origin(model)
-    stages = [str(stage.get("stage", "?")) for stage in getattr(model, "pykd_report", None) or []]
-    return {
-        "model": str(folder),
-        "source": f"{source['source']} {source.get('name') or source.get('model_type') or ''}".strip(),
-        "class": type(model).__name__,
-        "classes": num_classes(model),
-        "parameters": f"{parameters:,}",
-        "non-zero": f"{nonzero:,}",
-        "bytes": f"{saved_bytes(folder):,}",
-        "sha256": sha256(folder / WEIGHTS) if (folder / WEIGHTS).exists() else "several files",
-        "checksums": "match the manifest" if (folder / MANIFEST).exists() else "no manifest: not saved by pykd",
-        "stages": stages or "none",
-        "forward": f"logits {tuple(scores.shape)}, finite",
-    }
-
-
 def example_of(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     """An input the model accepts: token numbers for text, an image of the size it was made for."""
-    made_for = _provenance(folder).get("data", {}).get("preprocessing", {})
+    made_for = provenance_of(folder).get("data", {}).get("preprocessing", {})
     return example_batch(model, image_size=made_for.get("image_size"), channels=made_for.get("channels"))
 
 
@@ -188,7 +154,7 @@ def _rewrite(path: Path, output: Path, verb: Callable[[nn.Module], None]) -> dic
     model = load_saved(path)
     before, _ = count_parameters(model)
     verb(model)
-    provenance = {**_provenance(path), "made_from": str(path)}
+    provenance = {**provenance_of(path), "made_from": str(path)}
     save_pretrained(model, output, tokenizer=tokenizer_of(path), provenance=provenance)
     after, nonzero = count_parameters(model)
     old, new = saved_bytes(path), saved_bytes(output)
@@ -201,14 +167,15 @@ def _rewrite(path: Path, output: Path, verb: Callable[[nn.Module], None]) -> dic
 
 def data_of(folder: Path, recipe: RecipeLike | None, overrides: Sequence[str]) -> DataBundle:
     """The data of ``recipe``, or of the recipe that made the model, read by the tokenizer saved with it."""
-    recipe = _provenance(folder).get("recipe") if recipe is None else recipe
+    recipe = provenance_of(folder).get("recipe") if recipe is None else recipe
     if recipe is None:
         raise RecipeError(f"{folder} does not say which data it was made for: name it by --recipe FILE")
     own = str(folder) if (folder / "tokenizer_config.json").exists() else None
     return build_data(load_recipe(recipe, overrides=overrides), tokenizer=own)
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
+def provenance_of(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder says about its origin; nothing where pykd did not save it."""
     return dict(read_manifest(folder).get("provenance", {})) if (folder / MANIFEST).exists() else {}
 
 

@@ -34,6 +34,11 @@ OutputDir = Annotated[Path, typer.Argument(help="folder to write; must not hold 
 Include = Annotated[list[str] | None, typer.Option(help="only layers whose name matches; may be repeated")]
 Exclude = Annotated[list[str] | None, typer.Option(help="not layers whose name matches; may be repeated")]
 Recipe = Annotated[Path | None, typer.Option(help="take the data from this recipe, not from the model's own")]
+Library = Annotated[
+    Path | None,
+    typer.Option(help="where reference models are looked for, not in caches and the network: a folder or a cache"),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="reference models: from the caches of this machine only")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key of the recipe")]
 
 
@@ -319,11 +324,50 @@ def export(
 
 
 @app.command()
-def verify(model: ModelDir) -> None:
-    """Check a saved model: checksums, loading, one forward pass; report source, parameters and checksum."""
-    from pykd.pipeline import verify_saved
+def verify(
+    model: Annotated[str, typer.Argument(help="folder of a model, or distilbert, t5-small, mobilenet_v2, resnet18")],
+    library: Library = None,
+    offline: Offline = False,
+) -> None:
+    """Check a model: checksums, loading by its own library, one forward pass; report source, size and checksum."""
+    from pykd.pipeline import verify as checked
 
-    _table(verify_saved(model))
+    _table(checked(model, library=library, offline=offline))
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[[NAME=]MODEL]...", help="folders that pykd saved, or local Hugging Face folders"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen at; any but loopback demands a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="PYKD_TOKEN", help="what clients send as Authorization: Bearer TOKEN")
+    ] = None,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="folder below which requests may name models; may be repeated")
+    ] = None,
+    library: Library = None,
+    offline: Offline = False,
+    threads: Annotated[int | None, typer.Option(help="threads that compute; default: torch's own choice")] = None,
+    max_batch: Annotated[int, typer.Option(help="inputs of several requests computed together")] = 16,
+    batch_window_ms: Annotated[float, typer.Option(help="how long an input waits for company")] = 1.0,
+    max_queue: Annotated[int, typer.Option(help="inputs that may wait; more are answered with 429")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="of a text; what is longer is cut")] = 512,
+    timeout_s: Annotated[float, typer.Option(help="time limit of an answer")] = 30.0,
+) -> None:
+    """Answer requests over HTTP: POST /predict, GET /models, /metrics, /healthz; all of them: /openapi.json."""
+    from pykd.serve import Settings
+    from pykd.serve.server import serve as run_service
+
+    settings = Settings(
+        models=tuple(models or ()), roots=tuple(root or ()), library=library, offline=offline, host=host, port=port,
+        token=token, threads=threads, max_tokens=max_tokens, max_batch=max_batch,
+        batch_window_ms=batch_window_ms, max_queue=max_queue, timeout_s=timeout_s,
+    )  # fmt: skip
+    run_service(settings)
 
 
 @app.command()

@@ -23,7 +23,8 @@ LAYERS = [
     ["distillation", "pruning", "quantization"],
     ["recipe"],
     ["pipeline"],
-    ["serve", "cli"],
+    ["serve"],
+    ["cli"],
     ["__init__", "__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,52 @@
+"""The service as a process: uvicorn, and an end that loses no request."""
+
+from __future__ import annotations
+
+import logging
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from pykd.serve.app import create_app
+from pykd.serve.settings import Settings
+from pykd.serve.state import State
+
+logger = logging.getLogger(__name__)
+
+#: Connections at a time; each may bring a body of the largest size.
+CONNECTIONS = 256
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server. At the first SIGTERM or Ctrl-C it goes on listening until everything under way is answered.
+
+    What comes meanwhile is answered with 503. A second signal ends it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: State) -> None:
+        super().__init__(config)
+        self.state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.state.stopping.is_set():
+            self.should_exit = self.force_exit = True
+            return
+        logger.info("stopping: %d requests are under way", self.state.in_flight)
+        self.state.stop()
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.state.stopped
+
+
+def serve(settings: Settings) -> None:
+    """Load the models and answer requests until a signal comes. Raises as `create_app`."""
+    app: FastAPI = create_app(settings)
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, ws="none", access_log=False, log_config=None, server_header=False,
+        limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    state: State = app.state.pykd
+    models = ", ".join(state.models) or "no model"
+    logger.info("serving %s at http://%s:%d", models, settings.host, settings.port)
+    Server(config, state).run()

@@ -1,0 +1,86 @@
+"""What the parts of the service share: its models, its metrics, who watches, and whether it is being stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from fastapi import HTTPException
+
+from pykd.serve.metrics import Metrics
+from pykd.serve.served import Served
+from pykd.serve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class Observer(Protocol):
+    """What monitoring is: it is told of every request that was answered, and must return quickly.
+
+    inputs: the texts, or the bytes of the images. probabilities: one list of class probabilities an input; None from
+    models that do not classify whole inputs. latency_ms: of the request, from its arrival.
+    """
+
+    def __call__(
+        self, model_name: str, inputs: Sequence[Any], probabilities: Sequence[Sequence[float]] | None, latency_ms: float
+    ) -> None: ...
+
+
+@dataclass
+class State:
+    """One service. `models` by name; `public`: paths that need no token; `observers`: see :class:`Observer`."""
+
+    settings: Settings
+    models: dict[str, Served] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
+    observers: list[Observer] = field(default_factory=list)
+    public: set[str] = field(default_factory=lambda: {"/healthz"})
+    in_flight: int = 0
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    stop_by: float = float("inf")
+    #: Where inputs are made ready, where models compute one after another, and where models are checked.
+    prepare: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-prepare"))
+    compute: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-compute"))
+    checks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-check"))
+    checking: bool = False
+
+    def stop(self) -> None:
+        """Answer what is under way, refuse what comes now. Long answers end when they see `stopping`."""
+        self.stop_by = time.monotonic() + self.settings.drain_s
+        self.stopping.set()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing is left to be answered, or the time for it is over."""
+        return self.stopping.is_set() and (self.in_flight == 0 or time.monotonic() >= self.stop_by)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        for threads in (self.prepare, self.compute, self.checks):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def observe(
+        self, model_name: str, inputs: Sequence[Any], probabilities: Sequence[Sequence[float]] | None, latency_ms: float
+    ) -> None:
+        """Tell every observer; one that fails is logged and counted, and spoils no answer."""
+        for observer in self.observers:
+            try:
+                observer(model_name, inputs, probabilities, latency_ms)
+            except Exception:
+                self.metrics.observer_failures.inc()
+                logger.exception("an observer of predictions failed")
+
+
+async def within(seconds: float, work: Awaitable[Result], what: str) -> Result:
+    """The result of ``work``, or the answer 504 when it takes longer."""
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except asyncio.TimeoutError:
+        raise HTTPException(504, f"{what} took longer than {seconds:g} s") from None

@@ -3,7 +3,8 @@
 Layers are visited in the order in which the model runs them. For each, the examples run as far as that layer, its
 statistics add up, its weight is replaced; so the next layer is measured behind the packed ones, with the inputs that it
 will get, and one layer's statistics at a time are in memory. Linear layers that are given the very same tensor, as the
-query, key and value of an attention, share one visit.
+query, key and value of an attention, share one visit. Where the model can be cut into blocks, the examples run through
+one block at a time, on inputs that are kept from the block before; elsewhere from the model's beginning on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pykd.calibration.blocks import Survey, candidates
 from pykd.calibration.inputs import Accumulator, Inputs
+from pykd.calibration.walk import EnoughError, Run, Walk, hooked
 from pykd.data.bundle import DataBundle, permutation
 from pykd.errors import DataError
 from pykd.models.adapter import call, move
@@ -79,88 +82,74 @@ def calibrate(
 ) -> list[str]:
     """Call ``visit(name, inputs)`` for every named layer in order of execution; returns the names never reached.
 
-    `visit` may replace the layer in the model. The model runs in evaluation mode. Positions that a batch's
-    ``attention_mask`` calls padding are left out of the statistics of layers that see positions. `hessian` and `sample`
-    say what is collected. Raises ValueError when
-    a layer is given NaN or infinity.
+    `visit` may replace the layer in the model, and no other. The model runs in evaluation mode, without a cache of keys
+    and values. Positions that a batch's ``attention_mask`` calls padding are left out of the statistics of layers that
+    see positions. `hessian` and `sample` say what is collected. Every block of the model (`pykd.calibration.blocks`)
+    runs a few times, whatever the depth, and the inputs and outputs of one block for all examples are in memory.
+
+    Raises ValueError when a layer is given NaN or infinity.
     """
     from tqdm import tqdm
 
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        runs = _survey(model, names, batches)
-        with tqdm(total=len(runs.calls), desc="calibrate", unit="layer", disable=None) as bar:
-            for party in _parties(runs):
-                inputs = _measure(model, party[0], batches, runs.calls[party[0]], hessian=hessian, sample=sample)
-                for name in party:
-                    visit(name, inputs)
-                del inputs
-                bar.update(len(party))
+        with _without_cache(model):
+            survey = _survey(model, names, batches)
+            with tqdm(total=len(survey.calls), desc="calibrate", unit="layer", disable=None) as bar:
+
+                def measure(party: list[str], run: Run) -> None:
+                    inputs = _measure(model, party[0], batches, survey, run, hessian=hessian, sample=sample)
+                    for name in party:
+                        visit(name, inputs)
+                    bar.update(len(party))
+
+                Walk(model, survey, measure).through((), lambda index: _run(model, batches[index]))
     finally:
         for name, module in model.named_modules():  # also the layers that `visit` put in place of others
             module.training = training[name]
-    return [name for name in names if name not in runs.calls]
+    return [name for name in names if name not in survey.calls]
 
 
-class _Runs:
-    """Which layers ran, in which order, how often in each batch, and which were given the tensor of the one before."""
-
-    def __init__(self) -> None:
-        self.calls: dict[str, list[int]] = {}
-        self.shares: dict[str, str] = {}
+def _run(model: nn.Module, batch: Batch) -> None:
+    call(model, move(batch, _device(model)))
 
 
-def _survey(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> _Runs:
-    """One pass over the batches that only looks who is called."""
-    runs = _Runs()
-    last: tuple[str, Tensor, int] | None = None
-
-    def note(name: str, batch: int, x: Tensor) -> None:
-        nonlocal last
-        if name not in runs.calls:
-            runs.calls[name] = [0] * len(batches)
-            if last is not None and last[1] is x and last[2] == x._version and _both_linear(model, name, last[0]):
-                runs.shares[name] = last[0]
-        runs.calls[name][batch] += 1
-        last = name, x, x._version
-
-    for index, batch in enumerate(batches):
-        with contextlib.ExitStack() as stack:
-            for name in names:
-                stack.enter_context(_hook(model.get_submodule(name), functools.partial(note, name, index)))
-            call(model, move(batch, _device(model)))
-        last = None
-    return runs
+def _survey(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> Survey:
+    """One pass over the batches that only looks who is called, and with what."""
+    survey, alike = Survey(len(batches)), functools.partial(_both_linear, model)
+    with contextlib.ExitStack() as stack:
+        for name, module in candidates(model).items():
+            enter = functools.partial(survey.enter, name, module)
+            stack.enter_context(hooked(module, enter))
+            leave = module.register_forward_hook(lambda _, args, output: survey.leave(output))
+            stack.callback(leave.remove)
+        for name in names:
+            note = functools.partial(survey.layer, name, alike=alike)
+            stack.enter_context(_hook(model.get_submodule(name), note))
+        for index, batch in enumerate(batches):
+            survey.begin(index)
+            _run(model, batch)
+    survey.end()
+    return survey
 
 
 def _both_linear(model: nn.Module, *names: str) -> bool:
     return all(isinstance(model.get_submodule(name), (*LINEAR, *transposed())) for name in names)
 
 
-def _parties(runs: _Runs) -> Iterator[list[str]]:
-    """Neighbours that share their input, in order of execution."""
-    party: list[str] = []
-    for name, counts in runs.calls.items():
-        if party and runs.shares.get(name) == party[-1] and counts == runs.calls[party[0]]:
-            party.append(name)
-            continue
-        if party:
-            yield party
-        party = [name]
-    if party:
-        yield party
-
-
-def _measure(model: nn.Module, name: str, batches: Sequence[Batch], calls: Sequence[int], **collected: bool) -> Inputs:
+def _measure(
+    model: nn.Module, name: str, batches: Sequence[Batch], survey: Survey, run: Run, **collected: bool
+) -> Inputs:
     """Run every batch as far as the layer's last call in it."""
     layer = model.get_submodule(name)
     accumulator = Accumulator(
         layer.to_dense() if isinstance(layer, CompressedModule) else as_linear(layer), **collected
     )
-    for batch, count in zip(batches, calls, strict=True):
+    for index, count in enumerate(survey.calls[name]):
         if count:
-            _feed(model, layer, move(batch, _device(model)), count, accumulator)
+            mask = move(batches[index], _device(model)).get("attention_mask")
+            _feed(layer, functools.partial(run, index), count, accumulator, mask)
     inputs = accumulator.finish()
     ends = () if inputs.sample is None else (inputs.sample.low, inputs.sample.high)
     if not bool(inputs.hessian.isfinite().all()) or not all(map(math.isfinite, ends)):
@@ -170,12 +159,7 @@ def _measure(model: nn.Module, name: str, batches: Sequence[Batch], calls: Seque
     return inputs
 
 
-class _EnoughError(BaseException):
-    """Ends a forward pass once the layer has seen all that it gets; not an Exception, so that no model catches it."""
-
-
-def _feed(model: nn.Module, layer: nn.Module, batch: Batch, count: int, accumulator: Accumulator) -> None:
-    mask = batch.get("attention_mask")
+def _feed(layer: nn.Module, run: Callable[[], Any], count: int, accumulator: Accumulator, mask: Any) -> None:
     left = count
 
     def take(x: Tensor) -> None:
@@ -183,24 +167,31 @@ def _feed(model: nn.Module, layer: nn.Module, batch: Batch, count: int, accumula
         accumulator.add(x, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
         left -= 1
         if not left:
-            raise _EnoughError
+            raise EnoughError
 
-    with contextlib.suppress(_EnoughError), _hook(layer, take):
-        call(model, batch)
+    with contextlib.suppress(EnoughError), _hook(layer, take):
+        run()
+
+
+def _hook(layer: nn.Module, take: Callable[[Tensor], None]) -> contextlib.AbstractContextManager[None]:
+    """Give `take` the input of every call of the layer."""
+    return hooked(layer, lambda args, kwargs: take(args[0] if args else next(iter(kwargs.values()))))
 
 
 @contextlib.contextmanager
-def _hook(layer: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
-    """Give `take` the input of every call of the layer."""
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(args[0] if args else next(iter(kwargs.values())))
-
-    handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Keys and values kept for later tokens would tie the blocks together, and nothing is generated."""
+    found = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    caching = [config for config in found.values() if getattr(config, "use_cache", None) is True]
     try:
+        for config in caching:
+            config.use_cache = False
         yield
     finally:
-        handle.remove()
+        for config in caching:
+            config.use_cache = True
 
 
 def _device(model: nn.Module) -> torch.device:

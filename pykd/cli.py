@@ -371,11 +371,25 @@ def serve(
 
 
 @app.command()
+def baseline(
+    model: ModelDir,
+    output: Annotated[Path, typer.Argument(help="JSON file to write")],
+    recipe: Recipe = None,
+    settings: Set = None,
+    name: Annotated[str | None, typer.Option(help="of the model in the service; default: its folder's")] = None,
+) -> None:
+    """Measure what a classifier's traffic is held against: confidence, entropy, labels, lengths, embeddings."""
+    from pykd.pipeline import baseline_saved
+
+    _table(baseline_saved(model, output, recipe=recipe, overrides=settings or (), name=name))
+
+
+@app.command()
 def monitor(
-    run: Annotated[Path, typer.Argument(help="folder of a run, or its events.jsonl; it may run elsewhere")],
+    run: Annotated[Path, typer.Argument(help="folder of a run or of a service, or its log; it may run elsewhere")],
     once: Annotated[bool, typer.Option("--once", help="show it as it is now and leave")] = False,
 ) -> None:
-    """Watch a run's trainings: loss, validations and the guard's decisions, rate, time left."""
+    """Watch a run's trainings (loss, validations, rate, time left) or a service's models (traffic, drift, alarms)."""
     from pykd.pipeline.monitor import watch
 
     watch(run, once=once)

@@ -19,7 +19,7 @@ LAYERS = [
     ["models", "data"],
     ["io"],
     ["evaluation"],
-    ["training", "calibration"],
+    ["training", "calibration", "monitoring"],
     ["distillation", "pruning", "quantization"],
     ["recipe"],
     ["pipeline"],

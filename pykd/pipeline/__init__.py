@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pykd.pipeline.baseline import baseline_saved
 from pykd.pipeline.chain import run, run_chain
 from pykd.pipeline.compare import compare_saved, safety_saved
 from pykd.pipeline.exported import export_saved
@@ -13,6 +14,7 @@ from pykd.pipeline.verified import verify, verify_saved
 __all__ = [
     "Run",
     "StudyRun",
+    "baseline_saved",
     "compare_saved",
     "evaluate_saved",
     "export_saved",

@@ -1,4 +1,4 @@
-"""`pykd monitor`: a run as its log of events tells it, in this process or another, while it grows."""
+"""`pykd monitor`: a run or a service as its log tells it, in this process or another, while it grows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pykd.errors import ArtifactError
+from pykd.monitoring.service_log import ServiceMonitor, is_service_log
 
 #: The log of events in a run's folder.
 EVENTS = "events.jsonl"
@@ -72,6 +73,8 @@ class Training:
 class Monitor:
     """The trainings in a log of events, in the order in which they began; :meth:`read` takes what was added."""
 
+    headings = ("training", "step", "loss", "curve", "lr", "rate", "left", "validation")
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path) / EVENTS if Path(path).is_dir() else Path(path)
         if not self.path.is_file():
@@ -119,15 +122,16 @@ class Monitor:
             )
 
 
-HEADINGS = ("training", "step", "loss", "curve", "lr", "rate", "left", "validation")
-
-
 def watch(path: str | Path, *, once: bool = False, every: float = 1.0) -> None:
-    """Show a run on the terminal until its newest training has ended or Ctrl-C; ``once``: as it is now."""
+    """Show a run on the terminal until its newest training has ended, or a service's log, until Ctrl-C.
+
+    once: as it is now.
+    """
     from rich.console import Console
     from rich.live import Live
 
-    monitor, console = Monitor(path), Console()
+    monitor: Monitor | ServiceMonitor = ServiceMonitor(path) if is_service_log(path) else Monitor(path)
+    console = Console()
     monitor.read()
     if once or not console.is_terminal:
         console.print(table(monitor), crop=False)
@@ -139,13 +143,13 @@ def watch(path: str | Path, *, once: bool = False, every: float = 1.0) -> None:
                 live.update(table(monitor))
 
 
-def table(monitor: Monitor) -> Any:
+def table(monitor: Monitor | ServiceMonitor) -> Any:
     """The rows as a table of rich."""
     from rich.table import Table
 
     shown = Table(title=str(monitor.path), title_justify="left")
-    for heading in HEADINGS:
-        shown.add_column(heading, overflow="fold", no_wrap=heading != "validation")
+    for heading in monitor.headings:
+        shown.add_column(heading, overflow="fold", no_wrap=heading != monitor.headings[-1])
     for row in monitor.rows():
         shown.add_row(*row)
     return shown

@@ -1,0 +1,114 @@
+"""A baseline from labelled data that is at hand, and the embeddings that a model's classifier reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from pykd.data.bundle import DataBundle, batches
+from pykd.errors import DataError
+from pykd.evaluation.latency import device_of, evaluating
+from pykd.models.adapter import logits, move, num_classes
+from pykd.monitoring.baseline import Baseline, quantities
+
+
+class HeadInputs:
+    """The embeddings of the newest batch: what the last layer with one output per class read, (rows, width).
+
+    Inputs of more dimensions are averaged over all but the first and the last. Raises ValueError for a model without
+    such a layer.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> inputs = HeadInputs(model)
+    >>> _ = model(torch.zeros(5, 4))
+    >>> inputs.take().shape
+    (5, 8)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        classes = num_classes(model)
+        heads = [
+            module for module in model.modules() if classes in (_width(module, "features"), _width(module, "channels"))
+        ]
+        if not heads:
+            raise ValueError(f"{type(model).__name__} has no layer with one output for each of its {classes} classes")
+        self._newest: Tensor | None = None
+        self._handle = heads[-1].register_forward_pre_hook(self._note)
+
+    def _note(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._newest = inputs[0].detach()
+
+    def take(self) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        """The embeddings since the last time, float32 on the CPU; None when the head has not run."""
+        found, self._newest = self._newest, None
+        if found is None:
+            return None
+        if found.dim() > 2:
+            found = found.flatten(1, -2).mean(1)
+        taken: np.ndarray[Any, np.dtype[np.float32]] = found.float().cpu().numpy()
+        return taken
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._handle.remove()
+
+
+def measure_baseline(model: nn.Module, data: DataBundle, *, name: str = "model", batch_size: int = 64) -> Baseline:
+    """The baseline of a classifier on the held-out split of ``data``; without latency, which belongs to a service.
+
+    Raises DataError for a task without classes.
+
+    >>> import torch
+    >>> from pykd.data.bundle import stack
+    >>> items = [{"pixel_values": torch.eye(3)[i % 3], "labels": i % 3} for i in range(9)]
+    >>> data = DataBundle(train=items, test=items, collate=stack, class_names=("a", "b", "c"), name="corners")
+    >>> measure_baseline(nn.Linear(3, 3), data).rows
+    9
+    """
+    if data.task != "classification":
+        raise DataError(f"a baseline is of classes with probabilities, and {data.name!r} is for {data.task}")
+    device = device_of(model)
+    rows: list[dict[str, float]] = []
+    labels: list[str] = []
+    vectors: list[Any] = []
+    with evaluating(model), _inputs(model) as head:
+        for batch in batches(data.test, data.collate, batch_size):
+            shares = logits(model, move(batch, device)).float().softmax(-1).cpu().numpy()
+            lengths = input_lengths(batch)
+            rows += [quantities(row, length=length) for row, length in zip(shares, lengths, strict=True)]
+            labels += [str(data.class_names[best]) for best in shares.argmax(-1)]
+            vectors.append(head.take())
+    return Baseline.of(name, rows, labels, vectors=np.concatenate(vectors))
+
+
+def input_lengths(batch: dict[str, Tensor]) -> list[int]:
+    """Tokens of each row that are no padding; of images the pixels.
+
+    >>> import torch
+    >>> input_lengths({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
+    [2, 3]
+    """
+    if "attention_mask" in batch:
+        lengths: list[int] = batch["attention_mask"].sum(-1).tolist()
+        return lengths
+    inputs = next(value for name, value in batch.items() if name != "labels")
+    return [int(inputs[0].shape[-2:].numel())] * len(inputs)
+
+
+@contextmanager
+def _inputs(model: nn.Module) -> Iterator[HeadInputs]:
+    head = HeadInputs(model)
+    try:
+        yield head
+    finally:
+        head.close()
+
+
+def _width(module: nn.Module, what: str) -> int | None:
+    found = getattr(module, f"out_{what}", None)
+    return found if isinstance(found, int) else None

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pykd.io.export.onnx_model import session_options
 from pykd.nn import Linear4bit, Linear8bit, SparseLinear
 from pykd.nn.codecs.bitmask import pack
 from pykd.ops import int4_r16, int8_r16
@@ -124,9 +125,7 @@ def _onnx_session(weight: Tensor) -> Any:
         [tensor],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return runtime.InferenceSession(model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
 
 
 def check(case: Case, call: Callable[[int], Any], peer: str) -> None:
@@ -217,7 +216,10 @@ def compare(case: Case, layer: str, peers: list[str]) -> tuple[float, float, flo
 
 
 def interleave(calls: list[Callable[[int], Any]], layers: int) -> list[list[float]]:
-    """Seconds of each call, for every round; each call in turn runs once a round, on the round's layer."""
+    """Seconds of each call, for every round; each call in turn runs once a round, on the round's layer.
+
+    It runs unmeasured on the layer before first: the threads of the call before it are still awake, and its own asleep.
+    """
     for call in calls:
         for i in range(layers):
             call(i)
@@ -225,6 +227,7 @@ def interleave(calls: list[Callable[[int], Any]], layers: int) -> list[list[floa
     for i in range(2 if SMALL else 20):
         seconds = []
         for call in calls:
+            call(i - 1)
             start = time.perf_counter()
             call(i)
             seconds.append(time.perf_counter() - start)

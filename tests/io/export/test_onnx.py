@@ -201,6 +201,12 @@ def test_models_that_cannot_be_traced_and_files_that_cannot_be_read(tmp_path: Pa
         OnnxModel(tmp_path / "model.onnx")
 
 
+def test_sessions_leave_the_cores_between_calls(exported: tuple[nn.Module, Path, dict[str, Any]]) -> None:
+    options = OnnxModel(exported[1] / "model.onnx", threads=1).session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.intra_op_num_threads == 1
+
+
 def test_inputs_that_are_not_there_are_named(exported: tuple[nn.Module, Path, dict[str, Any]]) -> None:
     found = OnnxModel(exported[1] / "model.onnx")
     with pytest.raises(ArtifactError, match="takes input_ids, attention_mask, but there is no attention_mask"):

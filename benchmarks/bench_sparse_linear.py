@@ -193,7 +193,7 @@ def test_auto(shape: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> Non
         for sparsity in SPARSITIES:
             for rows in ROWS:
                 case = Case(*shape, sparsity, rows)
-                report = measure(pack(case.dense[0]), rows=(rows,))
+                report = measure(pack(case.dense[0]), rows=(rows,), again=True)
                 ratio, low, high = (1 / value for value in compare(case, "pykd", DENSE))
                 chosen = min(report[rows], key=report[rows].__getitem__) if report else "reference"
                 verdict = "" if high <= 1.03 else "  missed"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,13 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from pykd.training.config import AUTOCAST, TrainConfig
-from pykd.training.processes import Processes, launched, on_cpu
+from pykd.training.processes import Processes, launched, on_cpu, zero_configured
+from pykd.training.state import (
+    Named,
+    model_tensors,
+    optimizer_tensors,
+    restore_model,
+    restore_optimizer,
+    whole,
+)
 
 
 class Engine:
     """One process, one device: the device of the model."""
 
     rank, processes = 0, 1
+    #: Whether parameters outside the prepared model can be trained with it.
+    takes_modules = True
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.device = device
@@ -30,9 +39,9 @@ class Engine:
         """The module whose parameters are trained: the model, or a copy that may be taken apart."""
         return model
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """The model as the loss function is to call it."""
-        return model
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model as the loss function is to call it, and what steps."""
+        return model, optimizer
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision for the forward pass and the loss."""
@@ -66,6 +75,22 @@ class Engine:
             self.scaler.step(optimizer)
             self.scaler.update()
 
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The trained model's state, whole in every process."""
+        return model_tensors(model)
+
+    def restore_weights(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Put back what :meth:`weights` returned."""
+        restore_model(model, tensors)
+
+    def slots(self, optimizer: torch.optim.Optimizer) -> Named:
+        """The optimizer's state as named tensors, and JSON-able values."""
+        return optimizer_tensors(optimizer)
+
+    def restore_slots(self, optimizer: torch.optim.Optimizer, state: Named) -> None:
+        """Put back what :meth:`slots` returned."""
+        restore_optimizer(optimizer, *state)
+
     def total(self, numbers: Sequence[float]) -> list[float]:
         """The sums of these numbers over the processes."""
         return list(numbers)
@@ -76,26 +101,21 @@ class Engine:
 
 
 #: What `fit` says of a launch that it does not serve.
-REFUSED = (
-    "fit runs under DDP and FSDP2, this launch is configured for {}: set fsdp_version: 2, or use "
-    "pykd.DistillationTrainer, whose TrainingArguments take a DeepSpeed configuration"
-)
+REFUSED = "fit runs under DDP, FSDP2 and DeepSpeed's ZeRO, this launch is configured for {}: set fsdp_version: 2"
 
 
 class Launched(Engine):
     """One of the processes of `accelerate launch`: DDP or FSDP2, as its configuration says, on the device it assigns.
 
-    Raises ValueError for FSDP1 and for DeepSpeed, which steps the optimizer itself: DistillationTrainer takes that.
+    Raises ValueError for FSDP1.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, *, find_unused_parameters: bool = False) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-            raise ValueError(REFUSED.format("DEEPSPEED"))
         self.together = Processes()
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
-        self.accelerator = Accelerator(cpu=on_cpu(), kwargs_handlers=handlers)
+        self.accelerator = Accelerator(cpu=on_cpu() and not zero_configured(), kwargs_handlers=handlers)
         kind = self.accelerator.distributed_type
         if kind == "FSDP" and not self.accelerator.is_fsdp2:
             raise ValueError(REFUSED.format(kind.value))
@@ -107,10 +127,9 @@ class Launched(Engine):
         model.to(self.device)
         return copy.deepcopy(model) if self.accelerator.is_fsdp2 else model
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The wrapped model; the optimizer's parameters become those of the wrapped model."""
-        prepared: nn.Module = self.accelerator.prepare(model, optimizer)[0]
-        return prepared
+        return self.accelerator.prepare(model, optimizer)[0], optimizer
 
     def partial(self, model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """See Engine."""
@@ -147,23 +166,11 @@ class Launched(Engine):
 
 
 def engine_for(config: TrainConfig, device: torch.device, *, find_unused_parameters: bool = False) -> Engine:
-    """Launched in the processes of `accelerate launch` (or torchrun), else Engine."""
+    """Launched in the processes of `accelerate launch` (or torchrun), Zero where that means DeepSpeed, else Engine."""
+    if launched() and zero_configured():
+        from pykd.training.zero import Zero
+
+        return Zero(config, device)
     if launched():
         return Launched(config, device, find_unused_parameters=find_unused_parameters)
     return Engine(config, device)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded over processes, put together in each of them; any other as it is."""
-    full = getattr(tensor, "full_tensor", None)
-    return full() if full is not None else tensor
-
-
-def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded as ``like`` is."""
-    mesh = getattr(like, "device_mesh", None)
-    if mesh is None or tensor.shape != like.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]

@@ -44,6 +44,11 @@ def on_cpu() -> bool:
     return wanted or not accelerator.is_available()
 
 
+def zero_configured() -> bool:
+    """Whether the launcher is to run DeepSpeed (`accelerate launch --use_deepspeed`)."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
+
+
 def environment() -> dict[str, str]:
     """This process's environment without what a launcher told it, for a process of its own."""
     return {name: value for name, value in os.environ.items() if name not in TOLD}
@@ -64,7 +69,10 @@ class Processes:
         if launched():
             from accelerate import PartialState
 
-            state = PartialState(cpu=on_cpu(), timeout=PATIENCE)
+            if zero_configured() and on_cpu():  # accelerate knows DeepSpeed on accelerators alone, but takes a backend
+                state = PartialState(backend="gloo", timeout=PATIENCE)
+            else:
+                state = PartialState(cpu=on_cpu(), timeout=PATIENCE)
             self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
 
     def agree(self, value: Value) -> Value:

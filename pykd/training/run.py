@@ -22,7 +22,7 @@ from pykd.training.labels import counted
 from pykd.training.optimizer import adamw, parameter_groups
 from pykd.training.pruner import Pruner
 from pykd.training.source import Batch, Loader, Part, Source, batch_to_float
-from pykd.training.state import model_tensors, optimizer_tensors, part, restore_model, restore_optimizer
+from pykd.training.state import part
 from pykd.training.store import State, Store
 
 logger = logging.getLogger(__name__)
@@ -66,10 +66,15 @@ class Run:
         )
         self.owned = self.engine.own(model)
         if prune is not None and self.owned is not model:
-            raise ValueError("prune needs whole weights in every process: run under DDP, not FSDP2")
+            raise ValueError("prune needs whole weights in every process: run under DDP, not FSDP2 or DeepSpeed")
+        if modules and not self.engine.takes_modules:
+            raise ValueError(
+                "learned projections lie outside the model that DeepSpeed takes apart: run under DDP or FSDP2, use "
+                "a student of the teacher's width, or losses without projections"
+            )
         self.modules = {name: module.to(self.engine.device) for name, module in (modules or {}).items()}
-        self.optimizer = adamw(self.owned, lr=config.lr, weight_decay=config.weight_decay)
-        self.called = self.engine.prepare(self.owned, self.optimizer)
+        optimizer = adamw(self.owned, lr=config.lr, weight_decay=config.weight_decay)
+        self.called, self.optimizer = self.engine.prepare(self.owned, optimizer)
         mine = list(self.owned.parameters())
         for group in parameter_groups(self.modules.values(), weight_decay=config.weight_decay, apart_from=mine):
             self.optimizer.add_param_group(group)
@@ -140,10 +145,10 @@ class Run:
 
     def state(self) -> State:
         """Weights, optimizer and history: whole tensors, and JSON-able values."""
-        tensors = {f"model.{name}": tensor for name, tensor in model_tensors(self.owned).items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.engine.weights(self.owned).items()}
         for prefix, module in self.modules.items():
             tensors |= {f"modules.{prefix}/{name}": tensor for name, tensor in module.state_dict().items()}
-        slots, optimizer = optimizer_tensors(self.optimizer)
+        slots, optimizer = self.engine.slots(self.optimizer)
         tensors |= {f"optimizer.{name}": tensor for name, tensor in slots.items()}
         history = self.history
         plain = {
@@ -182,14 +187,14 @@ class Run:
         """Weights, optimizer and the records of the steps as they were; not the validations, nor what they decided."""
         tensors, plain = state
         self.restore_weights(state)
-        restore_optimizer(self.optimizer, part(tensors, "optimizer."), plain["optimizer"])
+        self.engine.restore_slots(self.optimizer, (part(tensors, "optimizer."), plain["optimizer"]))
         if self.engine.scaler is not None:
             self.engine.scaler.load_state_dict(plain["scaler"])
         self.history.records, self.history.seconds = plain["records"], max(self.history.seconds, plain["seconds"])
 
     def restore_weights(self, state: State) -> None:
         """Weights alone."""
-        restore_model(self.owned, part(state[0], "model."))
+        self.engine.restore_weights(self.owned, part(state[0], "model."))
         for name, module in self.modules.items():
             module.load_state_dict(part(state[0], f"modules.{name}/"))
 
@@ -203,7 +208,7 @@ class Run:
     def finish(self) -> None:
         """Hand the weights to the caller's model where a copy was trained."""
         if self.owned is not self.model:
-            self.model.load_state_dict(model_tensors(self.owned))
+            self.model.load_state_dict(self.engine.weights(self.owned))
 
     def _gradients(self, loss_fn: LossFunction, parts: list[Part]) -> dict[str, Any]:
         """Backward of the step's mean loss: each part weighs what it counts, over all parts of all processes."""

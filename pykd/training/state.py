@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pykd.training.engine import shard_like, whole
+#: Tensors by name, and JSON-able values beside them.
+Named = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -23,7 +24,7 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     )
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Named:
     """Split an optimizer's state into named tensors, whole in every process, and JSON-able values."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -50,3 +51,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over processes, put together in each of them; any other as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return full() if full is not None else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as ``like`` is."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]

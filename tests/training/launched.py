@@ -26,8 +26,10 @@ def bundle() -> Any:
     return DataBundle(items, items[:8], stack, list("abcde"), "positions", fingerprint="positions-22")
 
 
-def train(batch_size: int, checkpoints: Path | None = None, *, resume: bool = False, steps: int = 100) -> Any:
-    """(losses, hidden losses, validations, weights) of a distillation with a projection; dropout 0."""
+def train(
+    batch_size: int, checkpoints: Path | None = None, *, resume: bool = False, steps: int = 100, projected: bool = True
+) -> Any:
+    """(losses, hidden losses, validations, weights) of a distillation, with a projection or not; dropout 0."""
     import torch
     from torch import nn
 
@@ -36,7 +38,7 @@ def train(batch_size: int, checkpoints: Path | None = None, *, resume: bool = Fa
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5))
-    projection = nn.Linear(5, 3)
+    projection = nn.Linear(5, 3) if projected else nn.Identity()
     data, done = bundle(), 0
 
     def loss_fn(model: nn.Module, batch: dict[str, Any]) -> Any:
@@ -46,7 +48,7 @@ def train(batch_size: int, checkpoints: Path | None = None, *, resume: bool = Fa
         done += 1
         scores = model(batch["x"])
         counted = (batch["labels"] != -100)[..., None]
-        hidden = ((projection(scores) - 1).square() * counted).sum() / (3 * counted.sum())
+        hidden = ((projection(scores)[..., :3] - 1).square() * counted).sum() / (3 * counted.sum())
         return pykd.kd_loss(scores, batch["x"][..., :5] * 3, batch["labels"]) + hidden, {"hidden": hidden}
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -56,8 +58,8 @@ def train(batch_size: int, checkpoints: Path | None = None, *, resume: bool = Fa
 
     history = fit(
         model, data, loss_fn, TrainConfig(**CONFIG | {"batch_size": batch_size, "checkpoint_steps": 2}),
-        modules={"projection": projection}, validate=validate, guard=Guard(drop=1.0), progress=False,
-        checkpoint_dir=checkpoints, resume=resume,
+        modules={"projection": projection} if projected else None, validate=validate, guard=Guard(drop=1.0),
+        progress=False, checkpoint_dir=checkpoints, resume=resume,
     )  # fmt: skip
     weights = {f"model.{name}": value.tolist() for name, value in model.state_dict().items()}
     weights |= {f"projection.{name}": value.tolist() for name, value in projection.state_dict().items()}
@@ -65,26 +67,39 @@ def train(batch_size: int, checkpoints: Path | None = None, *, resume: bool = Fa
     return *losses, [entry["value"] for entry in history.validations], weights
 
 
-def main(rank: int, processes: int, port: str, fsdp: bool, result: Path, *more: str) -> None:
+#: What `accelerate launch` tells its processes of each kind.
+KINDS: dict[str, dict[str, str]] = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    },
+    "zero2": {
+        "ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    },
+}  # fmt: skip
+
+
+def main(rank: int, processes: int, port: str, kind: str, result: Path, *more: str) -> None:
     """The environment that `accelerate launch` gives its processes, then the run, and what the first has found."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no",
-        "ACCELERATE_DYNAMO_BACKEND": "no", "OMP_NUM_THREADS": "1",
+        "ACCELERATE_DYNAMO_BACKEND": "no", "OMP_NUM_THREADS": "1", **KINDS[kind],
     }  # fmt: skip
-    if fsdp:
-        os.environ |= {
-            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
-        }  # fmt: skip
     import torch
 
     torch.set_num_threads(1)
     folder, steps, resume = (Path(more[0]), int(more[1]), more[2] == "resume") if more else (None, 100, False)
-    found = train(CONFIG["batch_size"], folder, resume=resume, steps=steps)
+    projected = not kind.startswith("zero")
+    if not projected:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles that at its first use on a CPU
+    found = train(CONFIG["batch_size"], folder, resume=resume, steps=steps, projected=projected)
     (result.with_suffix(f".{rank}")).write_text(json.dumps(found))
     os._exit(0)  # taking the process group down can wait forever for its own threads, which want Python's lock
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "fsdp2", Path(sys.argv[5]), *sys.argv[6:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], Path(sys.argv[5]), *sys.argv[6:])

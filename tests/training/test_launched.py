@@ -8,14 +8,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pykd.training import TrainConfig
-from pykd.training.engine import Engine, engine_for
+from pykd.training.engine import Engine, Launched, engine_for
 
 SCRIPT = Path(__file__).with_name("launched.py")
 
@@ -62,12 +62,12 @@ def close(found: list[Any], want: list[Any]) -> None:
         torch.testing.assert_close(torch.tensor(found[3][name]), torch.tensor(value), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2"])
 def test_two_processes_are_one_with_twice_the_batch(kind: str, tmp_path: Path) -> None:
     assert together(kind, tmp_path / "whole") == (0, 0)
     first, second = (json.loads((tmp_path / f"whole.{rank}").read_text()) for rank in range(2))
     assert first == second
-    want = launched.train(8)
+    want = launched.train(8, projected=not kind.startswith("zero"))
     assert len(want[0]) == 9 and want[2][-1] < want[2][0]
     close(first, want)
     if kind == "ddp":  # what is whole in every process anyway
@@ -82,16 +82,38 @@ def test_two_processes_are_one_with_twice_the_batch(kind: str, tmp_path: Path) -
 def test_fsdp1_is_refused() -> None:
     command = [sys.executable, "-c", REFUSED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert "fit runs under DDP and FSDP2, this launch is configured for FSDP: set fsdp_version: 2" in done.stderr
+    assert "DDP, FSDP2 and DeepSpeed's ZeRO, this launch is configured for FSDP: set fsdp_version: 2" in done.stderr
 
 
-def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "config", "sentence"),
+    [
+        ({"zero_optimization": {"stage": 3}}, {}, r"configured for stage 3: .*FSDP2 for weights in shares"),
+        ({}, {}, r"configured for stage 0: launch without DeepSpeed for stage 0 \(DDP\)"),
+        ({"optimizer": {}, "scheduler": {}}, {}, "has optimizer and scheduler, which the training settings decide"),
+        ({}, {"autocast": "float16"}, "under DeepSpeed float16 belongs in its configuration"),
+    ],
+)
+def test_what_deepspeed_is_not_to_decide(
+    settings: dict[str, Any], config: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = {"zero_optimization": {"stage": 1}} if "optimizer" in settings else {}
+
+    def begin(self: Launched, *_: Any) -> None:
+        plugin = SimpleNamespace(deepspeed_config=stages | settings)
+        self.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(
-        ValueError, match=r"this launch is configured for DEEPSPEED: .*DistillationTrainer, whose Train"
-    ):
-        engine_for(TrainConfig(), torch.device("cpu"))
+    monkeypatch.setattr(Launched, "__init__", begin)
+    with pytest.raises(ValueError, match=sentence):
+        engine_for(TrainConfig(**config), torch.device("cpu"))
+
+
+def test_deepspeed_takes_no_modules_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "takes_modules", False)
+    with pytest.raises(ValueError, match="learned projections lie outside the model that DeepSpeed takes apart"):
+        launched.train(4)
 
 
 REFUSED = """

@@ -1,38 +1,37 @@
 """What removing single weights costs a trained text classifier, by method, on texts it was not trained on.
 
-    python benchmarks/bench_pruning_methods.py --model FOLDER --data FILE.parquet --texts 3000 --samples 256
+    python benchmarks/bench_pruning_methods.py --model FOLDER --data FILE.parquet --texts 10000 --keep RESULTS
 
-Model, data, texts and the columns KL, flips and accuracy as in `bench_quantization_methods.py`, beside which this file
-lies. No training: every method sees at most the calibration texts, without labels. The peers, Wanda (Sun et al. 2023)
-and SparseGPT (Frantar and Alistarh 2023), are the papers' algorithms written here once more, layer after layer behind
-the pruned ones, by the same texts. The last column is the ratio of a variant's mean KL to that of textbook SparseGPT at
-the same sparsity, with the 95 % interval of a bootstrap over the texts (paired: both means are of the same texts).
-`--json FILE` also writes the numbers and the environment.
+Model, data and texts as for `bench_quantization_methods.py`, the columns are those of `quality.py`; both may keep their
+results in one folder. No training: every method sees at most the calibration texts, without labels. The peers, Wanda
+(Sun et al. 2023) and SparseGPT (Frantar and Alistarh 2023), are the papers' algorithms written here once more, layer
+after layer behind the pruned ones, by the same texts. `--recover 0.5` adds what half an epoch of training under the
+model as it was wins back, for every `--recovered` method and sparsity; with `--keep` it can be interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import time
-from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from bench_quantization_methods import Row, row, run, scores, subjects
+from answers import Variant
+from quality import run, stored_bytes
 from torch import Tensor, nn
 
 from pykd.calibration import Inputs, calibrate, calibration_batches
 from pykd.data import DataBundle
+from pykd.distillation import distill
 from pykd.pruning import prune
 from pykd.pruning.weights import select_weights
+from pykd.training.checkpoint import has_checkpoint
 
 #: Methods of `prune`, and the patterns that some of them are measured with.
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 PATTERNS = ("2:4", "1:4")
-BASELINE = "textbook sparsegpt"
-RESAMPLES = 2000
 
 #: (weight, statistics of its inputs, sparsity) -> pruned weight
 Peer = Callable[[Tensor, Inputs, float], Tensor]
@@ -69,93 +68,87 @@ def textbook_sparsegpt(weight: Tensor, inputs: Inputs, sparsity: float) -> Tenso
     return weight
 
 
-PEERS: dict[str, Peer] = {"textbook wanda": textbook_wanda, BASELINE: textbook_sparsegpt}
+PEERS: dict[str, Peer] = {"textbook sparsegpt": textbook_sparsegpt, "textbook wanda": textbook_wanda}
 
 
-def apply_peer(model: nn.Module, peer: Peer, data: DataBundle, sparsity: float, settings: argparse.Namespace) -> None:
-    """Prune the layers that `prune` would, layer after layer behind the pruned ones."""
-
-    def visit(name: str, inputs: Inputs) -> None:
-        weight: Any = model.get_submodule(name).weight
-        weight.copy_(peer(weight.detach(), inputs, sparsity))
-
-    texts = calibration_batches(data, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed)
-    calibrate(model, list(select_weights(model).chosen), texts, visit)
-
-
-def variants(settings: argparse.Namespace, data: DataBundle) -> Iterator[tuple[str, str, Callable[[nn.Module], Any]]]:
-    """Name, sparsity or pattern, and a function that prunes a model in place; the baseline of each sparsity first."""
-    options: dict[str, Any] = {"data": data, "samples": settings.samples, "batch_size": settings.batch_size}
-    options["seed"] = settings.seed
+def variants(settings: argparse.Namespace) -> list[Variant]:
+    """What is held against others comes first."""
+    found = []
     for sparsity in settings.sparsity:
-        for name in reversed(PEERS):
-            yield (
-                name,
-                f"{sparsity:g}",
-                lambda model, name=name, share=sparsity: apply_peer(model, PEERS[name], data, share, settings),  # type: ignore[misc]
-            )
+        end = f" {100 * sparsity:g} %"
+        beside = (f"textbook sparsegpt{end}",)
+        found += [
+            Variant(f"{name}{end}", theirs(settings, peer, sparsity), beside if "wanda" in name else ())
+            for name, peer in PEERS.items()
+        ]
         for method in METHODS:
-            yield (
-                f"pykd {method}",
-                f"{sparsity:g}",
-                lambda model, method=method, share=sparsity: prune(model, method, share, **options),  # type: ignore[misc]
-            )
+            others = (*beside, f"textbook wanda{end}") if method == "wanda" else beside
+            found.append(Variant(f"pykd {method}{end}", ours(settings, method, sparsity=sparsity), others))
+        if settings.recover:
+            found += [recovered(settings, method, sparsity) for method in settings.recovered]
     for pattern in PATTERNS:
-        for method in METHODS[1:]:
-            yield (
-                f"pykd {method}",
-                pattern,
-                lambda model, method=method, pattern=pattern: prune(model, method, pattern=pattern, **options),  # type: ignore[misc]
-            )
+        end, names = f" {pattern}", METHODS[1:]
+        found += [Variant(f"pykd {name}{end}", ours(settings, name, pattern=pattern)) for name in names]
+    return found
 
 
-def interval(found: Tensor, baseline: Tensor, *, seed: int) -> tuple[float, float, float]:
-    """Ratio of the mean of ``found`` to that of ``baseline``, with its 95 % interval: a paired bootstrap over texts."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(found), (RESAMPLES, len(found)), generator=generator)
-    ratios = (found[drawn].mean(dim=1) / baseline[drawn].mean(dim=1)).sort().values
-    return float(found.mean() / baseline.mean()), float(ratios[RESAMPLES // 40]), float(ratios[-RESAMPLES // 40])
+def ours(settings: argparse.Namespace, method: str, **options: Any) -> Callable[[nn.Module, DataBundle], int]:
+    """`prune`, as a variant applies it."""
+
+    def apply(model: nn.Module, data: DataBundle) -> int:
+        drawn = {"samples": settings.samples, "batch_size": settings.batch_size, "seed": settings.seed}
+        return stored_bytes(prune(model, method, data=data, **drawn, **options))
+
+    return apply
 
 
-def line(found: Row, texts: int) -> str:
-    """One line of the table."""
-    flips = f"{found['flips']} ({found['flips'] / texts:.2%})"
-    ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*found["ratio"]) if found["ratio"] else "-"
-    cells = (found["name"], found["share"], f"{found['kl']:.5f}", flips, f"{found['accuracy']:.2%}", ratio)
-    return f"| {' | '.join(cells)} | {found['prune_s']:.1f} |"
+def recovered(settings: argparse.Namespace, method: str, sparsity: float) -> Variant:
+    """`prune`, then `distill` with the model as it was for a teacher."""
+    pruned = f"pykd {method} {100 * sparsity:g} %"
+    name = f"{pruned}, {settings.recover:g} epochs at {settings.lr:g}"
+
+    def apply(model: nn.Module, data: DataBundle) -> int:
+        teacher, options = copy.deepcopy(model), {"lr": settings.lr, "seed": settings.seed, "label": name}
+        ours(settings, method, sparsity=sparsity)(model, data)
+        if settings.keep is not None:
+            folder = settings.keep / re.sub(r"[^a-z0-9.]+", "-", name)
+            options |= {"checkpoint_dir": folder, "checkpoint_steps": 200, "resume": has_checkpoint(folder)}
+        distill(model, teacher, data, epochs=settings.recover, temperature=settings.temperature,
+                alpha=settings.alpha, **options)  # fmt: skip
+        return stored_bytes(model.eval())
+
+    return Variant(name, apply, (pruned,))
 
 
-def measure(settings: argparse.Namespace) -> dict[str, Any]:
-    """Every variant that the patterns of `--only` admit, printed as it is measured."""
-    model, data, texts, labels = subjects(settings)
-    want = scores(model, data, texts, settings.batch_size)
-    rows = [row("as it is", want, want, labels, share="0", ratio=None, prune_s=0.0)]
-    print(f"{len(texts)} texts, {settings.samples} samples\n")
-    print("| method | sparsity | KL | flips | accuracy | KL / textbook's | s |\n|---|---:|---:|---:|---:|---:|---:|")
-    print(line(rows[0], len(texts)), flush=True)
-    baselines: dict[str, Tensor] = {}
-    for name, share, apply in variants(settings, data):
-        if not any(fnmatchcase(f"{name} {share}", pattern) for pattern in settings.only):
-            continue
-        changed = copy.deepcopy(model)
-        started = time.perf_counter()
-        apply(changed)
-        seconds = time.perf_counter() - started
-        got = scores(changed, data, texts, settings.batch_size)
-        each = (want.exp() * (want - got)).sum(dim=1)
-        if name == BASELINE:
-            baselines[share] = each
-        ratio = interval(each, baselines[share], seed=settings.seed) if share in baselines else None
-        rows.append(row(name, got, want, labels, share=share, ratio=ratio, prune_s=seconds))
-        print(line(rows[-1], len(texts)), flush=True)
-    chosen = {name: value for name, value in vars(settings).items() if name not in ("json", "model", "data")}
-    return {"settings": chosen, "data": data.describe(), "rows": rows}
+def theirs(settings: argparse.Namespace, peer: Peer, sparsity: float) -> Callable[[nn.Module, DataBundle], int]:
+    """A peer in the layers that `prune` would take, layer after layer behind the pruned ones; stored dense."""
+
+    def apply(model: nn.Module, data: DataBundle) -> int:
+        def visit(name: str, inputs: Inputs) -> None:
+            weight: Any = model.get_submodule(name).weight
+            weight.copy_(peer(weight.detach(), inputs, sparsity))
+
+        texts = calibration_batches(data, samples=settings.samples, batch_size=settings.batch_size, seed=settings.seed)
+        calibrate(model, layers(model), texts, visit)
+        return stored_bytes(model)
+
+    return apply
+
+
+def layers(model: nn.Module) -> list[str]:
+    """The layers that `prune` takes."""
+    return list(select_weights(model).chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Quality of the pruning methods on a trained text classifier.")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.15, 0.3, 0.5, 0.7])
-    run(parser, measure, arguments)
+    parser.add_argument("--recover", type=float, default=0.0, metavar="EPOCHS", help="train pruned models for so long")
+    parser.add_argument("--recovered", nargs="+", default=["sparsegpt"], choices=METHODS, help="methods to train after")
+    parser.add_argument("--lr", type=float, default=2e-4, help="of the recovery; --temperature, --alpha: as `distill`")
+    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--alpha", type=float, default=0.9)
+    run(parser, variants, layers, arguments)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from pykd import save_pretrained
+from pykd import from_pretrained, save_pretrained
 from pykd.models.huggingface import load_huggingface
 
 from .conftest import CONFIG, EXTRACT, script
 
 bench = script("bench_quantization_methods")
+answers = script("answers")
 
 
 def run(model: Path, tmp_path: Path, *words: str) -> dict[str, Any]:
@@ -31,10 +35,10 @@ def test_every_method_is_in_the_table(
     for name in ("bitsandbytes", "hqq", "torchao"):
         monkeypatch.setitem(sys.modules, name, None)
     found = run(model, tmp_path)
-    rows = {row["name"]: row for row in found["rows"]}
-    schemes = sum(len(methods) for _, _, methods in bench.SCHEMES)
-    assert len(rows) == 1 + schemes + 2 + 3 * 3  # as it is, schemes, the textbook's, embeddings
-    assert set(found["not_measured"]) == {*bench.PEERS, bench.TORCHAO_INT8}
+    rows = {row["name"].removesuffix(" g=32"): row for row in found["rows"]}
+    schemes = len(bench.WITHOUT_GROUPS) + sum(len(methods) for _, _, methods in bench.SCHEMES)
+    assert len(rows) == 1 + schemes + 4 + 3 * 3 + 1  # as it is, schemes, plain and textbook, embeddings, torch's int8
+    assert set(found["not_measured"]) == {"torchao int8 per token", *(f"{name} g=32" for name in bench.PEERS)}
     assert rows["as it is"]["kl"] == 0 and rows["as it is"]["flips"] == 0
     for name, row in rows.items():
         assert row["kl"] < 0.5 and 0 <= row["flips"] <= 60 and 0 <= row["accuracy"] <= 1
@@ -43,12 +47,53 @@ def test_every_method_is_in_the_table(
     assert rows["as it is"]["output_error"] == rows["pykd embeddings w8a16"]["output_error"] == 0
     for name in ("gptq", "awq"):
         assert rows[f"pykd w4a16 {name}"]["output_error"] < 0.8 * rows["pykd w4a16 rtn"]["output_error"] < 0.02
+    assert rows["pykd w8a16"]["output_error"] < rows["torch dynamic int8"]["output_error"] < 0.01
     assert rows["pykd embeddings w8a16"]["kl"] < rows["pykd embeddings w4a16"]["kl"]
     together = rows["pykd w4a16 rtn + embeddings w8a16"]["size_bytes"]
     assert together < min(rows["pykd w4a16 rtn"]["size_bytes"], rows["pykd embeddings w8a16"]["size_bytes"])
-    assert found["settings"]["group_size"] == 32 and found["environment"]
+    assert found["settings"]["group_size"] == [32] and found["environment"]
     out = capsys.readouterr().out
-    assert out.count("\n| pykd") == schemes + 9 and "not measured: torchao int4 (ModuleNotFoundError" in out
+    assert "not measured: torchao int4 g=32 (ModuleNotFoundError" in out
+
+
+def test_variants_are_held_against_others_text_by_text(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured one at a time, kept, and printed together without being measured again."""
+    keep = ["--keep", str(tmp_path / "kept"), "--only"]
+    names = ["plain rounding g=32", "textbook gptq g=32", "pykd w4a16 gptq g=32"]
+    for name in names[:2]:
+        run(model, tmp_path, *keep, name)
+    first = run(model, tmp_path, *keep, names[2])["rows"][-1]
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    capsys.readouterr()
+    again = run(model, tmp_path, *keep, *names)["rows"]
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*-*")} == {
+        name: at for name, at in before.items() if "-" in name
+    }
+    assert [row["name"] for row in again] == ["as it is", *names] and again[-1] == first
+    for name, row in zip(names[:2], again[1:], strict=False):
+        ratio, low, high = first["ratios"][name]["kl"]
+        assert low <= ratio <= high and ratio == pytest.approx(first["kl"] / row["kl"])
+        flips = first["ratios"][name]["flips"]
+        assert flips is None or flips[0] == pytest.approx(first["flips"] / row["flips"])
+    assert f"| {names[2]} | {names[0]} | {first['ratios'][names[0]]['kl'][0]:.3f} [" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"kept keeps results of another samples: choose another folder"):
+        run(model, tmp_path, *keep, names[0], "--samples", "25")
+    run_list = ["--model", "none", "--data", "none", "--list", "--group-size", "32", "128"]
+    bench.main(run_list)
+    listed = capsys.readouterr().out.splitlines()
+    assert {*names, "pykd w4a16 gptq g=128", "pykd w8a8"} < set(listed) and len(set(listed)) == len(listed)
+
+
+def test_the_interval_is_of_the_ratio_of_means_over_the_same_texts() -> None:
+    torch.manual_seed(0)
+    baseline = torch.rand(400).double() + 0.5
+    assert answers.interval(0.7 * baseline, baseline, seed=0) == (pytest.approx(0.7),) * 3
+    ratio, low, high = answers.interval(torch.rand(400).double() + 0.5, baseline, seed=0)
+    spread = (torch.rand(400).double().std() * 2**0.5 / 20).item()
+    assert low < ratio < high and 2 * spread < high - low < 6 * spread
+    assert answers.interval(baseline, torch.zeros(400).double(), seed=0) is None
 
 
 def test_a_peer_rounds_the_same_layers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +103,10 @@ def test_a_peer_rounds_the_same_layers(model: Path, tmp_path: Path, monkeypatch:
         seen.append(tuple(weight.shape))
         return weight / 2, weight.numel() // 2
 
-    monkeypatch.setattr(bench, "PEERS", {"half": lambda: halve})
-    found = run(model, tmp_path, "--only", "half", "pykd nf4 rtn")
+    monkeypatch.setitem(bench.PEERS, "half", lambda: halve)
+    found = run(model, tmp_path, "--only", "half*", "pykd nf4 rtn*")
     before, ours, half = found["rows"]
-    assert ours["name"] == "pykd nf4 rtn" and half["name"] == "half" and half["kl"] > ours["kl"] > 0
+    assert ours["name"] == "pykd nf4 rtn g=32" and half["name"] == "half g=32" and half["kl"] > ours["kl"] > 0
     weights = sum(out * columns for out, columns in seen)
     assert len(seen) == 7 and half["size_bytes"] == before["size_bytes"] - 4 * weights + weights // 2
 
@@ -71,3 +116,20 @@ def test_a_model_of_other_classes_is_refused(tmp_path: Path, tokenizer: Any) -> 
     folder = save_pretrained(net, tmp_path / "two", tokenizer=tokenizer)
     with pytest.raises(SystemExit, match=r"the model tells 2 classes apart, the data \d+: not a pair"):
         run(folder, tmp_path)
+
+
+def test_the_teacher_is_trained_on_the_rows_to_train_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with EXTRACT.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))[:120]
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "split"])
+        splits = ["train" if index % 4 else "test" for index in range(len(rows))]
+        writer.writerows([row["text"], row["label"], split] for row, split in zip(rows, splits, strict=True))
+    words = ["--data", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "out"), "--start", str(model)]
+    script("teacher").main([*words, "--epochs", "0.5", "--max-length", "24"])
+    assert re.search(r"loss \d\.\d{4}, accuracy \d\.\d{4}\n", capsys.readouterr().out)
+    trained: Any = from_pretrained(tmp_path / "out")
+    assert trained.config.num_labels == len({row["label"] for row in rows}) and trained.pykd_report[-1]["steps"] == 1

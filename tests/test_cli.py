@@ -23,6 +23,10 @@ from pykd.models.torchvision import load_torchvision
 from pykd.nn import codebook_code
 from pykd.pipeline.reload import Reload
 
+from .pipeline.conftest import library
+
+__all__ = ["library"]
+
 VIT = {
     "model_type": "vit", "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "intermediate_size": 128,
@@ -344,3 +348,23 @@ def test_export_of_packed_layers(tmp_path: pathlib.Path, capsys: pytest.CaptureF
     for name in ("compressed-tensors", "gguf"):
         assert cli.main(["export", str(folder), str(tmp_path / name), "--format", name]) == 0
         assert "7 packed layers read back, within" in capsys.readouterr().out
+
+
+def test_verify_a_reference_model_from_a_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, library: pathlib.Path
+) -> None:
+    said = success(capsys, "verify", "DistilBERT", "--library", library)
+    assert str(library / "distilbert-base-uncased") in said and "logits (1, 8, 99), finite" in said
+    said = failure(capsys, "verify", "t5-small", "--library", tmp_path)
+    assert "T5-small could not be had from" in said and "hf download google-t5/t5-small" in said
+    assert "did you mean 'distilbert'" in failure(capsys, "verify", "distilbrt")
+
+
+def test_serve_refuses_to_start_open_to_everyone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYKD_TOKEN", raising=False)
+    said = failure(capsys, "serve", "--host", "0.0.0.0")
+    assert "host '0.0.0.0' can be reached from other machines: set a token (--token or PYKD_TOKEN)" in said
+    assert "none is not a folder: name one that pykd saved" in failure(capsys, "serve", "--port", "0", "none")
+    assert "the token must be at least 16" in failure(capsys, "serve", "--token", "short")

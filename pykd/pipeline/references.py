@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pykd.errors import ModelLoadError
+from pykd.errors import ModelLoadError, nearest
 from pykd.io.files import sha256
 from pykd.io.save import CONFIG, WEIGHTS
 from pykd.models.torchvision import ensure_torchvision, load_torchvision
@@ -55,11 +55,20 @@ def find_reference(name: str) -> Reference | None:
     >>> find_reference("mobilenet-V2").title, find_reference("T5 small").names[0], find_reference("gpt")
     ('MobileNetV2', 'google-t5/t5-small', None)
     """
-    wanted = _plain(name)
     for reference in REFERENCES:
-        if wanted in map(_plain, (reference.title, *reference.names, *reference.nicknames)):
+        called = (reference.title, *reference.names, *reference.nicknames)
+        if name.lower() in reference.names or ("/" not in name and _plain(name) in map(_plain, called)):
             return reference
     return None
+
+
+def unknown_reference(name: str) -> str:
+    """Sentence for a name that is none of theirs.
+
+    >>> unknown_reference("distilbart")
+    "unknown model 'distilbart': did you mean 'distilbert'? Known: distilbert, mobilenetv2, resnet-18, t5-small."
+    """
+    return nearest("model", name.lower(), [reference.title.lower() for reference in REFERENCES])
 
 
 def load_reference(reference: Reference, *, library: Path | None = None, offline: bool = False) -> Loaded:

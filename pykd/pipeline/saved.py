@@ -26,6 +26,9 @@ from pykd.pruning import check_prune, looks_at_data, prune
 from pykd.quantization import METHODS, check_embeddings, check_method, quantize
 from pykd.recipe import RecipeLike, load_recipe
 
+#: How architectures end that are called otherwise than the class that loads them -> their task.
+OTHER_ENDS = {"ForConditionalGeneration": "seq2seq-lm", "LMHeadModel": "causal-lm"}
+
 
 def load_saved(path: str | Path) -> nn.Module:
     """Load a folder that pykd saved, checksums checked, or a local Hugging Face folder.
@@ -193,7 +196,5 @@ def _task(folder: Path) -> str:
         names = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("architectures") or ["none"]
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder / CONFIG} cannot be read as JSON ({error}); copy the folder again") from None
-    for task, auto in TASKS.items():
-        if auto != "AutoModel" and names[0].endswith(auto.removeprefix("AutoModel")):
-            return task
-    return "feature-extraction"
+    ends = {auto.removeprefix("AutoModel"): task for task, auto in TASKS.items() if auto != "AutoModel"} | OTHER_ENDS
+    return next((task for end, task in ends.items() if names[0].endswith(end)), "feature-extraction")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pykd.errors import ArtifactError, nearest
+from pykd.errors import ArtifactError
 from pykd.evaluation.counting import count_parameters, saved_bytes
 from pykd.io.files import sha256
 from pykd.io.manifest import MANIFEST, read_manifest
 from pykd.models.adapter import logits, num_classes, origin
 from pykd.models.example import example_batch
-from pykd.pipeline.references import REFERENCES, find_reference, load_reference
+from pykd.pipeline.references import find_reference, load_reference, unknown_reference
 from pykd.pipeline.saved import example_of, load_saved, provenance_of
 
 
@@ -29,8 +29,7 @@ def verify(name: str, *, library: Path | None = None, offline: bool = False) -> 
     reference = None if Path(name).exists() else find_reference(name)
     if reference is None:
         if not Path(name).exists() and Path(name).name == name:
-            known = [each.title for each in REFERENCES]
-            raise ArtifactError(f"{name} is not a folder, and of reference models: {nearest('model', name, known)}")
+            raise ArtifactError(f"{name} is not a folder, and of reference models: {unknown_reference(name)}")
         return verify_saved(name)
     return _printed(check_reference(name, library=library, offline=offline))
 
@@ -39,7 +38,7 @@ def check_reference(name: str, *, library: Path | None = None, offline: bool = F
     """The facts of :func:`verify` about a reference model, as JSON values. Raises ModelLoadError or ArtifactError."""
     reference = find_reference(name)
     if reference is None:
-        raise ArtifactError(nearest("model", name, [each.title for each in REFERENCES]))
+        raise ArtifactError(unknown_reference(name))
     loaded = load_reference(reference, library=library, offline=offline)
     scores = _forward(loaded.model, example_batch(loaded.model), loaded.source)
     return {

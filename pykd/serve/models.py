@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
-from pykd.errors import PykdError, nearest
-from pykd.pipeline.references import REFERENCES, find_reference
+from pykd.errors import PykdError
+from pykd.pipeline.references import REFERENCES, find_reference, unknown_reference
 from pykd.pipeline.verified import check_reference, check_saved
 from pykd.serve.doors import Problem
 from pykd.serve.roots import OutsideRootsError, below_roots, check_folder
@@ -95,8 +95,7 @@ def router(state: State) -> APIRouter:
         try:
             folder = below_roots(name, state.settings.roots)
         except OutsideRootsError as error:
-            known = nearest("model", name, [each.title for each in REFERENCES])
-            raise HTTPException(404, f"{error}, nor a reference model: {known}") from None
+            raise HTTPException(404, f"{error}, nor a reference model: {unknown_reference(name)}") from None
         return await _run(state, lambda: _check(name, lambda: _local(state, folder)))
 
     return routes

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 
 from pykd.serve.app import create_app
 from pykd.serve.settings import Settings
@@ -39,14 +41,32 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self.state.stopped
 
 
+@contextlib.contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at an address, not listening yet, closed at the end. Raises ValueError where there can be none."""
+    with contextlib.ExitStack() as stack:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            door = stack.enter_context(socket.socket(family, kind, protocol))
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind(address)
+        except OSError as error:
+            raise ValueError(f"{host}, port {port} cannot be listened at ({error.strerror}): choose another") from None
+        yield door
+
+
 def serve(settings: Settings) -> None:
-    """Load the models and answer requests until a signal comes. Raises as `create_app`."""
-    app: FastAPI = create_app(settings)
-    config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, ws="none", access_log=False, log_config=None, server_header=False,
-        limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=1,
-    )  # fmt: skip
-    state: State = app.state.pykd
-    models = ", ".join(state.models) or "no model"
-    logger.info("serving %s at http://%s:%d", models, settings.host, settings.port)
-    Server(config, state).run()
+    """Load the models and answer requests until a signal comes. Raises as `create_app` and `bound`.
+
+    Port 0 is one that is free, named in the log.
+    """
+    with bound(settings.host, settings.port) as door:
+        app = create_app(settings)
+        config = uvicorn.Config(
+            app, ws="none", access_log=False, log_config=None, server_header=False, limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        state: State = app.state.pykd
+        models = ", ".join(state.models) or "no model"
+        logger.info("serving %s at http://%s:%d", models, settings.host, door.getsockname()[1])
+        Server(config, state).run([door])

@@ -1,0 +1,77 @@
+"""`pykd serve` as a process: it starts, answers, and ends without losing a request."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pykd.serve import Settings
+from pykd.serve.server import bound, serve
+
+TOKEN = "a-token-of-24-characters"
+
+
+@contextlib.contextmanager
+def running(*words: str, port: int, token: str = "") -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"PYKD_TOKEN": token} if token else {})}
+    command = [sys.executable, "-m", "pykd", "serve", *words, "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200:
+                    break
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_it_answers_and_ends_gracefully(folders: dict[str, Path]) -> None:
+    answers = dict[str, httpx.Response]()
+    with bound("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+
+    def send(name: str) -> None:
+        answers[name] = httpx.post(f"{url}/predict", json={"text": "plays music"}, headers=bearer)
+
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    with running(str(folders["text"]), "--batch-window-ms", "1500", port=port, token=TOKEN) as process:
+        assert httpx.post(f"{url}/predict", json={"text": "a"}).status_code == 401
+        under_way = threading.Thread(target=send, args=("under way",))
+        under_way.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        send("late")
+        under_way.join()
+        assert process.wait(timeout=10) == 0
+        assert "stopping: 1 requests are under way" in process.stderr.read()  # type: ignore[union-attr]
+    assert answers["under way"].status_code == 200
+    assert json.loads(answers["under way"].text)["predictions"][0]["label"] in ("images", "sound", "net")
+    assert answers["late"].status_code == 503
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/healthz")
+
+
+def test_an_address_that_cannot_be_listened_at() -> None:
+    with bound("localhost", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"localhost, port {port} cannot be listened at .* choose another"):
+            serve(Settings(host="localhost", port=port))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import json
 import pathlib
@@ -117,6 +118,8 @@ def subjects(settings: argparse.Namespace) -> tuple[nn.Module, DataBundle, list[
         split_column="split" if has_split else None,
         test_size=settings.texts,
     )
+    if settings.trained_rows is not None:
+        data = with_unseen(data, settings.trained_rows, seed=settings.seed)
     texts = permutation(len(data.test), seed=settings.seed)[: settings.texts]
     texts.sort(key=lambda index: len(str(data.test[index].get("text", ""))))
     labels = torch.tensor([data.test[index]["labels"] for index in texts])
@@ -125,6 +128,15 @@ def subjects(settings: argparse.Namespace) -> tuple[nn.Module, DataBundle, list[
     if known != len(data.class_names):
         raise SystemExit(f"the model tells {known} classes apart, the data {len(data.class_names)}: not a pair")
     return model, data, texts, labels
+
+
+def with_unseen(data: DataBundle, trained_rows: int, *, seed: int) -> DataBundle:
+    """Hold out, too, the training rows that a run of `pykd.training.fit` with this seed takes after `trained_rows`."""
+    order = permutation(len(data.train), seed=seed)
+    seen, unseen = (torch.utils.data.Subset(data.train, rows) for rows in (order[:trained_rows], order[trained_rows:]))
+    held_out = torch.utils.data.ConcatDataset([data.test, unseen])
+    mark = f"{data.fingerprint} but for {trained_rows} rows"
+    return dataclasses.replace(data, train=seen, test=held_out, fingerprint=mark)
 
 
 def identity(settings: argparse.Namespace, data: DataBundle, texts: int) -> dict[str, Any]:
@@ -192,6 +204,12 @@ def measured_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder of the model, with its tokenizer")
     parser.add_argument("--data", required=True, help="labelled texts: .csv, .jsonl, .parquet, or a datasets name")
     parser.add_argument("--texts", type=int, default=3000, help="held-out texts that are measured")
+    parser.add_argument(
+        "--trained-rows",
+        type=int,
+        help="rows (steps x batch) that the model's training took, with --seed, from its first epoch: later ones are "
+        "held out as well as the test rows",
+    )
     parser.add_argument("--max-length", type=int, default=64, help="tokens a text is cut at")
     parser.add_argument("--seed", type=int, default=0, help="which texts and samples, and the bootstrap's draws")
     parser.add_argument("--text-column", default="text")

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from pykd import from_pretrained, save_pretrained
+from pykd.data import load_text
+from pykd.data.bundle import permutation
 from pykd.models.huggingface import load_huggingface
 
 from .conftest import CONFIG, EXTRACT, script
 
 bench = script("bench_quantization_methods")
+quality = script("quality")
 answers = script("answers")
 
 
@@ -54,6 +57,18 @@ def test_every_method_is_in_the_table(
     assert found["settings"]["group_size"] == [32] and found["environment"]
     out = capsys.readouterr().out
     assert "not measured: torchao int4 g=32 (ModuleNotFoundError" in out
+
+
+def test_rows_that_training_never_took_are_held_out(model: Path, tmp_path: Path) -> None:
+    """Training rows after the first 100 in the order in which a run takes them, each once, beside the test split."""
+    found = run(model, tmp_path, "--only", "pykd w8a8", "--trained-rows", "100")
+    data = load_text(EXTRACT, tokenizer=model, text_column="text", label_column="label", test_size=60)
+    more = quality.with_unseen(data, 100, seed=0)
+    order = permutation(len(data.train), seed=0)
+    assert [row["text"] for row in more.train] == [data.train[index]["text"] for index in order[:100]]
+    assert len(more.test) == len(data.test) + len(data.train) - 100
+    assert more.test[len(data.test)]["text"] == data.train[order[100]]["text"]
+    assert more.fingerprint != data.fingerprint and found["rows"]
 
 
 def test_variants_are_held_against_others_text_by_text(

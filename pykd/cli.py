@@ -39,6 +39,7 @@ Library = Annotated[
     typer.Option(help="where reference models are looked for, not in caches and the network: a folder or a cache"),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="reference models: from the caches of this machine only")]
+Workers = Annotated[int, typer.Option(min=1, help="parts made at a time, each on a device of its own")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key of the recipe")]
 
 
@@ -57,6 +58,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that is in the folder")] = False,
     short: Annotated[bool, typer.Option("--short", help="apply the recipe's own settings for a quick try")] = False,
     settings: Set = None,
+    workers: Workers = 1,
 ) -> None:
     """Do what a recipe says: data, teacher, stages, report, and the saved model reloaded in a new process.
 
@@ -66,7 +68,13 @@ def run(
 
     identical = True
     for done in run_chain(
-        recipe, output_dir=output, resume=resume, overwrite=overwrite, short=short, overrides=settings or ()
+        recipe,
+        output_dir=output,
+        resume=resume,
+        overwrite=overwrite,
+        short=short,
+        overrides=settings or (),
+        workers=workers,
     ):
         if _rank() == 0:
             typer.echo(f"\n{done.summary(width=_columns())}\n")
@@ -83,16 +91,39 @@ def study(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that is in the folder")] = False,
     short: Annotated[bool, typer.Option("--short", help="apply the recipe's own settings for a quick try")] = False,
     settings: Set = None,
+    workers: Workers = 1,
 ) -> None:
-    """Train several sizes on labels alone, distilled and through the chain; rank them and recommend one."""
+    """Train several sizes on labels alone, distilled and through the chain; rank them and recommend one.
+
+    What the recipe names under `search` is looked for first; what it names under `ablate` is left out afterwards.
+    """
     from pykd.pipeline import run_study
 
     done = run_study(
-        recipe, output_dir=output, resume=resume, overwrite=overwrite, short=short, overrides=settings or ()
+        recipe,
+        output_dir=output,
+        resume=resume,
+        overwrite=overwrite,
+        short=short,
+        overrides=settings or (),
+        workers=workers,
     )
     typer.echo(f"\n{done.summary(width=_columns())}\n")
     if not done.run.reload.identical:
         raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def part(
+    recipe: Annotated[Path, typer.Argument(help="recipe of the part, or of the study that it is an arm of")],
+    folder: Annotated[Path, typer.Argument(help="where it goes")],
+    teachers: Annotated[Path, typer.Option(help="folder of trained teachers")],
+    arm: Annotated[str | None, typer.Option(help="the arm, as STUDENT-ARM")] = None,
+) -> None:
+    """Make one part of a study: what --workers starts on each device."""
+    from pykd.pipeline.parts import do_part
+
+    do_part(recipe, folder, teachers=teachers, arm=arm)
 
 
 @app.command()
@@ -433,7 +464,7 @@ def _main(arguments: list[str] | None) -> int:
             raise
         return _say(*_sentence(error))
     if code == INTERRUPTED:  # also what typer makes of Ctrl-C itself
-        again = "; what is finished is kept, continue with --resume" if "run" in words[:2] else ""
+        again = "; what is finished is kept, continue with --resume" if {"run", "study"} & set(words[:2]) else ""
         return _say(f"interrupted{again}", INTERRUPTED)
     return int(code or 0)
 

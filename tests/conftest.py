@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -107,3 +108,23 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """Runs of recipes on one thread, without a second of waiting for a throughput, the reload in the same process."""
+    from pykd.evaluation import measure
+    from pykd.pipeline import evaluate_saved
+    from pykd.pipeline.reload import Reload
+
+    def reload(model: Path, recipe: Path, predictions: Any, *, batch_size: int) -> Reload:
+        found = evaluate_saved(model, recipe=recipe, batch_size=batch_size, latency_rounds=1).predictions
+        return Reload("pykd evaluate", len(found), sum(a != b for a, b in zip(found, predictions, strict=True)))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pykd.pipeline.runner.check_reload", reload)
+        patch.setattr(measure, "measure_throughput", functools.partial(measure.measure_throughput, seconds=0.01))
+        yield
+    torch.set_num_threads(threads)

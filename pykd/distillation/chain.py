@@ -122,7 +122,6 @@ def distill_chain(
     arms: Sequence[str] = tuple(ARMS),
     score: Score | None = None,
     metric: str | None = None,
-    keep: Callable[[str, str, nn.Module], None] | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -136,8 +135,7 @@ def distill_chain(
     "labels" (the student on labels alone) and "direct" (by the first teacher, without the assistants; for the first
     student that is the chain itself). score: metrics of a model, by default loss and accuracy of the held-out split
     (:func:`pykd.training.held_out.held_out`). metric: the one that the gain is told by, by default the first of
-    ``score``, or accuracy; others than loss and accuracy, as "f1" or "chrf", are those of the data's task. keep: called
-    with student, arm and model when each is trained, in every process. options:
+    ``score``, or accuracy; others than loss and accuracy, as "f1" or "chrf", are those of the data's task. options:
     those of :func:`distill`, the same for all.
 
     With ``output_dir`` every training keeps its checkpoints in a folder there, and ``chain.json`` holds what is
@@ -159,7 +157,6 @@ def distill_chain(
             raise ValueError(nearest("arm", arm, ARMS))
     score, metric = _scores(score, metric, data)
     run = _Run(teacher, data, score, seed, options, None if output_dir is None else Path(output_dir), named, resume)
-    run.keep = keep
     chain = Chain()
     chain.links.append(run.measure("teacher", "teacher", "-", lambda _: teacher, None)[0])
     chain.metric = metric or next(iter(chain.links[0].metrics))
@@ -186,6 +183,26 @@ def distill_chain(
     return chain
 
 
+def make_link(spec: StudentLike, teacher: nn.Module, *, seed: int) -> nn.Module:
+    """A student of a chain before it has learned anything, the same one for every arm."""
+    if isinstance(spec, nn.Module):
+        return copy.deepcopy(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return derive(teacher, **spec) if isinstance(spec, Mapping) else spec(teacher)
+
+
+def train_link(student: nn.Module, guide: nn.Module | None, data: DataBundle, **options: Any) -> nn.Module:
+    """One arm of a student: :func:`distill` by ``guide``, or :func:`finetune` on the labels alone where it is None.
+
+    options: those of distill; finetune is given the ones that it knows, so that both train in the same way.
+    """
+    if guide is not None:
+        return distill(student, guide, data, **options)
+    known = inspect.signature(finetune).parameters
+    return finetune(student, data, **{name: value for name, value in options.items() if name in known})
+
+
 def _scores(score: Score | None, metric: str | None, data: DataBundle) -> tuple[Score, str | None]:
     """What a student is measured by, and the metric that counts where that is known before."""
     if score is not None:
@@ -210,7 +227,6 @@ class _Run:
         self.teacher, self.data, self.score, self.seed, self.options = teacher, data, score, seed, options
         self.folder, self.finished = folder, dict[str, Any]()
         self._where: dict[str, Any] = {}
-        self.keep: Callable[[str, str, nn.Module], None] | None = None
         told = [f"{name}: {spec}" for name, spec in students.items() if isinstance(spec, Mapping)]
         facts = [fingerprint(teacher), data.fingerprint, seed, list(students), told, sorted(map(str, options.items()))]
         self.identity = digest(facts)
@@ -236,14 +252,7 @@ class _Run:
     def by(self, guide: nn.Module | None) -> Callable[[nn.Module], nn.Module]:
         """A training by this teacher, or on labels alone, of the student that it is given."""
 
-        def train(student: nn.Module) -> nn.Module:
-            if guide is not None:
-                return distill(student, guide, self.data, seed=self.seed, **self._where, **self.options)
-            known = inspect.signature(finetune).parameters
-            options = {name: value for name, value in self.options.items() if name in known}
-            return finetune(student, self.data, seed=self.seed, **self._where, **options)
-
-        return train
+        return lambda student: train_link(student, guide, self.data, seed=self.seed, **self._where, **self.options)
 
     def measure(
         self, name: str, arm: str, teacher: str, train: Callable[[Any], nn.Module], spec: StudentLike | None,
@@ -262,8 +271,6 @@ class _Run:
         if known is not None:
             return Link(**known), model
         metrics = self.together.shared(lambda: {name: float(value) for name, value in self.score(model).items()})
-        if self.keep is not None and spec is not None:
-            self.keep(name, arm, model)
         size = sum(p.numel() for p in model.parameters())
         link = Link(name, arm, teacher, size, metrics, round(time.perf_counter() - began, 3))
         self.finished[key] = asdict(link)
@@ -271,11 +278,7 @@ class _Run:
         return link, model
 
     def _make(self, spec: StudentLike) -> nn.Module:
-        if isinstance(spec, nn.Module):
-            return copy.deepcopy(spec)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return derive(self.teacher, **spec) if isinstance(spec, Mapping) else spec(self.teacher)
+        return make_link(spec, self.teacher, seed=self.seed)
 
     def _write(self) -> None:
         if self.folder is not None:

@@ -64,7 +64,7 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table and the remarks in Markdown."""
-        tables = [_markdown(cells) for cells in (self.cells(), self.behaviour_cells()) if cells]
+        tables = [markdown_table(cells) for cells in (self.cells(), self.behaviour_cells()) if cells]
         return "\n\n".join([*tables, "\n".join(f"- {remark}" for remark in self.remarks)]).strip() + "\n"
 
     def cells(self) -> list[list[str]]:
@@ -214,7 +214,8 @@ def _blocks(rows: list[list[str]], width: int | None) -> list[list[list[str]]]:
     return [[[row[column] for column in block] for row in rows] for block in blocks]
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of strings, the first the headings, in Markdown."""
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)

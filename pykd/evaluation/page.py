@@ -81,6 +81,7 @@ def context(story: Story) -> dict[str, Any]:
             for name, record in story.stages.items()
         ],
         "methods": {name: _method(record.details) for name, record in story.stages.items()},
+        "tables": story.tables,
         "behaviours": comparison.behaviour_cells(),
         "agreement": found.agreement_by_confidence if (found := comparison.behaviours[-1]) is not None else (),
         "pareto": pareto(comparison),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pykd.data.bundle import DataBundle
-from pykd.evaluation.comparison import Comparison
+from pykd.evaluation.comparison import Comparison, markdown_table
 from pykd.evaluation.environment import environment
 from pykd.evaluation.page import render
 from pykd.evaluation.report import Report
@@ -43,6 +43,7 @@ class Story:
     stages: Mapping[str, StageRecord]
     settings: Mapping[str, Any]
     remarks: Sequence[str]
+    tables: Mapping[str, Sequence[Sequence[str]]]
     environment: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class Story:
             "settings": dict(self.settings),
             "comparison": self.comparison.to_dict(),
             "remarks": list(self.remarks),
+            "tables": {title: [list(row) for row in rows] for title, rows in self.tables.items()},
             "stages": {name: asdict(record) for name, record in self.stages.items()},
             "reports": [report.to_dict() for report in self.comparison.reports],
         }
@@ -72,12 +74,14 @@ def write_report(
     stages: Mapping[str, StageRecord] | None = None,
     settings: Mapping[str, Any] | None = None,
     remarks: Sequence[str] = (),
+    tables: Mapping[str, Sequence[Sequence[str]]] | None = None,
 ) -> Path:
     """Write report.json, report.html (one file that opens offline) and report.md into ``directory``; the HTML's path.
 
     data: the bundle that the models were measured on, for pictures of their errors. stages: by report name, how each
     model was made. settings: hyperparameters, nested as they may be (a recipe). remarks: sentences that belong to the
-    result besides those of the comparison. The machine and the versions are those of the calling process.
+    result besides those of the comparison. tables: further ones by title, their
+    first row the headings. The machine and the versions are those of the calling process.
 
     Raises ValueError for a stage that is not among the reports, or other data; ArtifactError when the disk refuses.
     """
@@ -94,6 +98,7 @@ def write_report(
         stages=stages or {},
         settings=settings or {},
         remarks=remarks,
+        tables=tables or {},
         environment=environment(),
     )
     folder = Path(directory)
@@ -118,6 +123,7 @@ def markdown(story: Story) -> str:
         *([story.description] if story.description else []),
         story.comparison.markdown().rstrip(),
         *(["\n".join(f"- {remark}" for remark in story.remarks)] if story.remarks else []),
+        *(f"## {title}\n\n{markdown_table(rows)}" for title, rows in story.tables.items()),
         *_scores(reports),
         *(
             f"Guard, {name}: {record.details['outcome']}."

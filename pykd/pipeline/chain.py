@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pykd.errors import RecipeError
+from pykd.pipeline.ablation import ablated
 from pykd.pipeline.directory import RunDirectory, held
 from pykd.pipeline.result import Run
 from pykd.pipeline.runner import Pipeline
+from pykd.pipeline.workers import check_workers
 from pykd.recipe import Recipe, RecipeLike, load_recipe
+from pykd.recipe.ablations import variants
 from pykd.training.processes import Processes
 
 
@@ -22,6 +25,7 @@ def run(
     short: bool = False,
     overrides: Sequence[str] = (),
     progress: bool | None = None,
+    workers: int = 1,
 ) -> Run:
     """Carry out a recipe: train or load the teacher, run the stages, measure each, save, report, reload and compare.
 
@@ -30,8 +34,9 @@ def run(
     Teachers that are trained in a run are kept beside it in ``teachers/`` and used again by runs with the same data and
     settings. resume: skip what is finished and continue what was interrupted; on a CPU the result is the same to the
     bit. overwrite: replace another run in that folder. short: apply the recipe's own ``short`` settings. overrides:
-    ``key=value`` for the recipe. progress: bars on stderr; None shows them on a terminal only. In the processes of
-    ``accelerate launch`` or torchrun the run is one run on all of them: all train, the first does the rest.
+    ``key=value`` for the recipe. progress: bars on stderr; None shows them on a terminal only. workers: how many
+    runs without one of the components under ``ablate`` are made at a time, each in a process of its own. In the
+    processes of ``accelerate launch`` or torchrun the run is one run on all: all train, the first does the rest.
 
     Returns the finished Run. Raises RecipeError, DataError, ModelLoadError or ArtifactError, each with one sentence.
 
@@ -41,7 +46,7 @@ def run(
     runs = list(
         run_chain(
             recipe, output_dir=output_dir, resume=resume, overwrite=overwrite, short=short, overrides=overrides,
-            progress=progress,
+            progress=progress, workers=workers,
         )
     )  # fmt: skip
     result = runs.pop()
@@ -59,11 +64,15 @@ def run_chain(
     short: bool = False,
     overrides: Sequence[str] = (),
     progress: bool | None = None,
+    workers: int = 1,
 ) -> Iterator[Run]:
     """Like :func:`run`, but yields each run of the chain when it is finished. All recipes are checked first."""
     if resume and overwrite:
         raise RecipeError("--resume continues a run and --overwrite starts it over: give one of them")
+    check_workers(workers)
     recipes = _recipes(recipe, overrides=overrides, short=short)
+    for each in recipes:
+        variants(each)
     path = Path(output_dir) if output_dir is not None else Path("runs") / recipes[0].name
     folders = [path, *(path / each.name for each in recipes[1:])]
     together = Processes()
@@ -77,7 +86,7 @@ def run_chain(
     for each, folder, continued in zip(recipes, folders, together.shared(check), strict=True):
         with held(folder, each, together, resume=continued, overwrite=overwrite) as directory:
             pipeline = Pipeline(each, directory, cache=path.parent / "teachers", progress=progress, together=together)
-            yield pipeline.execute()
+            yield ablated(pipeline.execute(), pipeline, workers=workers)
 
 
 def _recipes(first: RecipeLike, *, overrides: Sequence[str], short: bool) -> list[Recipe]:

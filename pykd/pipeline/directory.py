@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ FORMAT_VERSION = 1
 
 #: Where a study writes its ranking.
 RANKING = "study.json"
+#: Folders of the runs without one component, of the trials of a search, and of what processes of their own have to say.
+ABLATIONS, SEARCH, WORKERS = "ablations", "search", "workers"
 #: What a run writes, and so what starting over may delete.
 OWN = (
     "stages",
@@ -37,6 +39,9 @@ OWN = (
     "run.log",
     "events.jsonl",
     RANKING,
+    ABLATIONS,
+    SEARCH,
+    WORKERS,
 )
 
 
@@ -95,6 +100,23 @@ class RunDirectory:
             )
         return found
 
+    @classmethod
+    def of_others(cls, path: Path, recipe: Recipe) -> RunDirectory:
+        """The folder of a run that the calling process holds, for a process that it started."""
+        directory = cls(path, recipe)
+        directory.state = directory._read() or {}
+        return directory
+
+    def take(self, other: RunDirectory, stages: Sequence[str]) -> None:
+        """Copy stages that another run has finished, where this one would do the very same."""
+        for stage in stages:
+            record = other.record(stage)
+            if record is None or self.record(stage) is not None:
+                continue
+            if other.model(stage).exists():
+                shutil.copytree(other.model(stage), self.model(stage), dirs_exist_ok=True)
+            self.finish(stage, record)
+
     def _begin(self, *, replace: bool) -> None:
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.save(recipe_hash=self.hash, name=self.recipe.name, finished=False, started=started)
@@ -146,13 +168,14 @@ class RunDirectory:
 
     def bind_data(self, fingerprint: str) -> None:
         """Refuse to continue on other data than the run began with."""
-        known = self.state.setdefault("data", fingerprint)
-        if known != fingerprint:
+        known = self.state.get("data")
+        if known is None:
+            self.save(data=fingerprint)
+        elif known != fingerprint:
             raise RecipeError(
                 f"the data is not what the run in {self.path} began with (fingerprint {known}, now {fingerprint}): "
                 "restore it, or start over with --overwrite"
             )
-        self.save()
 
     def model(self, stage: str) -> Path:
         """Folder of a stage's saved model."""

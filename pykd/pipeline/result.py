@@ -8,9 +8,10 @@ from typing import Any
 
 from pykd.data import DataBundle
 from pykd.evaluation import Comparison, Report, StageRecord, compare, write_report
-from pykd.evaluation.comparison import ratios
+from pykd.evaluation.comparison import ratios, table
 from pykd.pipeline.recovery import Recovery, recoveries
 from pykd.pipeline.reload import Reload
+from pykd.pipeline.tensor_bytes import TensorBytes
 from pykd.recipe import Recipe
 
 #: What a saved model says of the stages that made it.
@@ -46,10 +47,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What was found beside the run itself: a table with its headings in the first row, and what it says in words."""
+
+    title: str
+    cells: list[list[str]]
+    sentences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Run:
     """A finished run. ``teacher`` and ``final`` are the reports at its two ends; ``then`` is the run that followed.
 
-    chained: whether each model was made from the one before it.
+    chained: whether each model was made from the one before it. findings: of a study, a search, ablations.
     """
 
     recipe: Recipe
@@ -59,6 +69,7 @@ class Run:
     seconds: float
     then: Run | None = field(default=None)
     chained: bool = True
+    findings: tuple[Finding, ...] = ()
 
     @property
     def reports(self) -> tuple[Report, ...]:
@@ -115,6 +126,7 @@ class Run:
             stages=stages,
             settings={"recipe": self.recipe.model_dump(mode="json"), "reload": self.reload.to_dict()},
             remarks=[f"{sentence}." for sentence in said],
+            tables={found.title: found.cells for found in self.findings},
         )
 
     def times(self) -> str:
@@ -125,8 +137,12 @@ class Run:
         return f"time: {self.seconds:.0f} s in all; teacher {origin}, {', '.join(stages)}"
 
     def gains(self) -> list[str]:
-        """What distillation gained every student of a chain over the other ways to train it."""
-        return [said for entry in self.measured for said in entry.details.get("sentences", ())]
+        """What distillation gained every student of a chain over other ways to train it, pruning in bytes of what it
+        touched, and other findings."""
+        said = [said for entry in self.measured for said in entry.details.get("sentences", ())]
+        touched = [(entry.report.name, entry.details.get("tensor_bytes")) for entry in self.measured]
+        said += [TensorBytes(**found).sentence(name) for name, found in touched if found]
+        return [*said, *(sentence for found in self.findings for sentence in found.sentences)]
 
     def verdict(self) -> str:
         """Size, speed and errors of the result against the teacher, in a sentence."""
@@ -145,6 +161,7 @@ class Run:
         return "\n".join(
             [
                 self.comparison.text(width=width),
+                *(f"\n{found.title}\n{table(found.cells, width=width)}" for found in self.findings),
                 "",
                 f"{self.verdict()}.",
                 *(f"{said}." for said in self.gains()),

@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from pykd.models.adapter import origin
 from pykd.pipeline.directory import RunDirectory
 from pykd.pipeline.monitor import EVENTS
 from pykd.pipeline.reload import Reload, check_reload
-from pykd.pipeline.result import Measured, Run, progress_line
+from pykd.pipeline.result import Finding, Measured, Run, progress_line
 from pykd.pipeline.sources import build_data, build_model, build_student, teacher_key
 from pykd.pipeline.stages import Context, apply_stage, train_options
+from pykd.pipeline.tensor_bytes import tensor_bytes
 from pykd.recipe import Recipe, recipe_hash
 from pykd.recipe.schema import Stage
 from pykd.recipe.train import Train
@@ -61,15 +63,20 @@ class Pipeline:
         self.data: DataBundle
         self.teacher: nn.Module
 
-    def execute(self) -> Run:
+    def execute(self, findings: Sequence[Finding] = ()) -> Run:
         """Do what is not done yet. KeyboardInterrupt passes through: finished stages stay finished."""
+        saved = self.carry_out()
+        return self.together.shared(lambda: self.conclude(saved, findings))
+
+    def carry_out(self) -> Path:
+        """Every stage; the folder of what the last one made."""
         self.prepare()
-        saved = self._teacher()
+        saved = self.teach()
         for name, stage in zip(self.names, self.recipe.stages, strict=True):
             if not self._finished(name):
                 self._stage(name, stage, saved)
             saved = self.directory.model(name)
-        return self.together.shared(lambda: self._conclude(saved))
+        return saved
 
     def _finished(self, name: str) -> bool:
         """Whether a stage was finished before; its measurements are taken from then."""
@@ -88,19 +95,19 @@ class Pipeline:
         sizes = len(self.data.train), len(self.data.test), len(self.data.class_names)
         logger.info("data %s: %d to train on, %d held out, %d classes", self.data.name, *sizes)
 
-    def _teacher(self) -> Path:
+    def teach(self) -> Path:
         """The teacher's folder, made or found; with `train` in a cache that other runs share."""
         trained = self.recipe.teacher.train
         key = teacher_key(self.recipe, self.data)
         folder = self.cache / key if trained is not None else self.directory.model(TEACHER)
         began = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            lock = _alone(self.cache / f".{key}.lock")
+            lock = alone(self.cache / f".{key}.lock", "teacher")
             self.together.once(lambda: stack.enter_context(lock))
             cached = self.together.shared(folder.exists)
             if not cached:
                 self._make_teacher(folder)
-        self.teacher = self._load(folder)
+        self.teacher = self.load(folder)
         if trained is not None:
             logger.info("teacher: %s (%s)", "cached, not trained again" if cached else "trained in this run", folder)
         if not self._finished(TEACHER):
@@ -137,7 +144,7 @@ class Pipeline:
         model = build_student(self.recipe, self.teacher, self.data) if first and self.recipe.student else None
         context = self._context(name, self.directory.checkpoints(name))
         try:
-            return apply_stage(stage, model if model is not None else self._load(before), context)
+            return apply_stage(stage, model if model is not None else self.load(before), context)
         except ValueError as error:
             if isinstance(error, PykdError):
                 raise
@@ -148,49 +155,48 @@ class Pipeline:
         folder = self.directory.model(name)
         provenance = self._provenance(name)
         save_pretrained(model, folder, tokenizer=self.data.tokenizer, provenance=provenance, overwrite=True)
-        self._measure(name, model, folder, self._load(before), began)
+        self._measure(name, model, folder, before, began)
 
     def _measure(
-        self, name: str, model: nn.Module, folder: Path, before: nn.Module | None, began: float, *, cached: bool = False
+        self, name: str, model: nn.Module, folder: Path, source: Path | None, began: float, *, cached: bool = False
     ) -> None:
         """Quality, size and speed of one stage; with that the stage is finished."""
-        options = self.recipe.evaluate
         seconds = time.perf_counter() - began
-        report = evaluate(
-            model,
-            self.data,
-            name=self.labels[name],
-            batch_size=options.batch_size,
-            latency_rounds=options.latency_rounds,
-            bertscore_model=options.bertscore_model,
-            batch_sizes=options.batch_sizes,
-            lengths=options.lengths,
-            path=folder,
-        )
-        if before is not None:
-            models = {"teacher": self.teacher, "before": before, "now": model}
-            timed = interleaved_latency(models, self.data.example(), rounds=options.speed_rounds)
+        report = evaluate(model, self.data, name=self.labels[name], path=folder, **self.measuring())
+        if source is not None:
+            models = {"teacher": self.teacher, "before": self.load(source), "now": model}
+            timed = interleaved_latency(models, self.data.example(), rounds=self.recipe.evaluate.speed_rounds)
             previous = self.measured[-1].report
             report = report.with_speedup(previous.name, timed.speedup("now", baseline="before"))
             report = report.with_speedup(self.measured[0].report.name, timed.speedup("now"))
             logger.info("%s", progress_line(report, previous))
         else:
             logger.info("%s: %s, %.2f MB", report.name, report.headline(), report.size_bytes / 1e6)
-        details = (getattr(model, "pykd_report", None) or [{}])[-1]
+        details = dict((getattr(model, "pykd_report", None) or [{}])[-1])
+        made_new = name == self.names[0] and self.recipe.student is not None
+        if source is not None and name.endswith("-prune") and not made_new:
+            touched = tensor_bytes(source, folder, details.get("changed", ()))
+            details["tensor_bytes"] = None if touched is None else touched._asdict()
         entry = Measured(
             stage=name, report=report, seconds=seconds, sha256=sha256(folder / WEIGHTS), cached=cached, details=details
         )
         self.measured.append(entry)
         self.directory.finish(name, entry.to_dict())
 
-    def _conclude(self, saved: Path) -> Run:
-        """The final model under `model/`, the reload in a new process, and the reports."""
+    def measuring(self) -> dict[str, Any]:
+        """How every model of the run is measured."""
+        names = ("batch_size", "latency_rounds", "bertscore_model", "batch_sizes", "lengths")
+        return {name: getattr(self.recipe.evaluate, name) for name in names}
+
+    def conclude(self, saved: Path, findings: Sequence[Finding] = ()) -> Run:
+        """The final model under `model/`, the reload in a new process, and the reports with what else was found."""
         state = self.directory.state
         if state["finished"]:
             logger.info("the run was finished before: nothing to do")
-            return self._result(Reload(**state["reload"]), state["seconds"])
+            done = self._result(Reload(**state["reload"]), state["seconds"])
+            return replace(done, findings=tuple(findings))
         final = self.directory.path / "model"
-        model = self._load(saved)
+        model = self.load(saved)
         save_pretrained(
             model, final, tokenizer=self.data.tokenizer, provenance=self._provenance("final"), overwrite=True
         )
@@ -199,7 +205,7 @@ class Pipeline:
             final, self.directory.path / "recipe.yaml", predictions, batch_size=self.recipe.evaluate.batch_size
         )
         logger.log(logging.INFO if reload.identical else logging.ERROR, "%s", reload.sentence())
-        run = self._result(reload, time.perf_counter() - self.began)
+        run = replace(self._result(reload, time.perf_counter() - self.began), findings=tuple(findings))
         run.write(self.data)
         self.directory.save(finished=True, reload=vars(reload), seconds=run.seconds)
         return run
@@ -213,7 +219,7 @@ class Pipeline:
             seconds=seconds,
         )
 
-    def _load(self, folder: Path) -> nn.Module:
+    def load(self, folder: Path) -> nn.Module:
         """A saved stage, its checksums checked; the way out when the file is damaged."""
         try:
             with _without_bars() if self.huggingface else contextlib.nullcontext():
@@ -263,15 +269,15 @@ def _without_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process makes the same teacher."""
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Wait until no other process makes the same thing, ``what``."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("teacher: another process makes it; waiting")
+            logger.info("%s: another process makes it; waiting", what)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

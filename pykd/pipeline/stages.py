@@ -13,7 +13,6 @@ from torch import nn
 from pykd.data import DataBundle
 from pykd.distillation import distill, distill_chain
 from pykd.distillation.chain import INDEX as CHAIN_INDEX
-from pykd.distillation.chain import Chain as ChainOfStudents
 from pykd.pipeline.compress import compress_to
 from pykd.pipeline.sources import build_model, make_student
 from pykd.pruning import prune
@@ -77,38 +76,34 @@ def _distill(settings: Any, model: nn.Module, context: Context) -> nn.Module:
 
 
 def _chain(settings: Any, model: nn.Module, context: Context) -> nn.Module:
-    made = apply_chain(settings, context)
+    assert isinstance(settings, Chain)
+    options = link_options(settings, context)
+    for name in ("checkpoint_dir", "resume", "label", "log_file"):
+        del options[name]
+    made = distill_chain(
+        context.teacher,
+        {name: student_maker(settings, name, context) for name in settings.students},
+        context.data,
+        arms=settings.arms,
+        metric=settings.metric,
+        output_dir=context.checkpoints,
+        resume=(context.checkpoints / CHAIN_INDEX).exists(),
+        **options,
+    )
     logger.info("the chain:\n%s", made.table())
     return made.student
 
 
-def apply_chain(
-    settings: Any, context: Context, *, keep: Callable[[str, str, nn.Module], None] | None = None
-) -> ChainOfStudents:
-    """Train the students of a chain and its arms; ``keep`` is called with each as it is finished."""
-    assert isinstance(settings, Chain)
-    options = train_options(settings, context)
-    for name in ("checkpoint_dir", "resume", "label", "log_file"):
-        del options[name]
-    if settings.guard is not None:
-        options["guard"] = settings.guard.guard()
+def link_options(settings: Chain, context: Context) -> dict[str, Any]:
+    """What every training of a chain takes."""
+    guard = {} if settings.guard is None else {"guard": settings.guard.guard()}
+    return {**_loss_options(settings), **train_options(settings, context), **guard}
 
-    def maker(name: str) -> Callable[[nn.Module], nn.Module]:
-        key = f"stages[0].chain.students.{name}"
-        return lambda teacher: make_student(settings.students[name], context.recipe, teacher, context.data, key=key)
 
-    return distill_chain(
-        context.teacher,
-        {name: maker(name) for name in settings.students},
-        context.data,
-        arms=settings.arms,
-        metric=settings.metric,
-        keep=keep,
-        output_dir=context.checkpoints,
-        resume=(context.checkpoints / CHAIN_INDEX).exists(),
-        **_loss_options(settings),
-        **options,
-    )
+def student_maker(settings: Chain, name: str, context: Context) -> Callable[[nn.Module], nn.Module]:
+    """From the teacher to one student of a chain, untrained."""
+    key = f"stages[0].chain.students.{name}"
+    return lambda teacher: make_student(settings.students[name], context.recipe, teacher, context.data, key=key)
 
 
 def _loss_options(settings: Distill) -> dict[str, Any]:

@@ -46,6 +46,22 @@ def load_recipe(recipe: RecipeLike, *, overrides: Sequence[str] = (), short: boo
         if not separator:
             raise RecipeError(f"--set {item}: expected key=value, for instance --set data.path=texts.csv")
         set_key(content, key.strip(), _yaml(text, f"--set {key}"), where="--set")
+    return _checked(content, where)
+
+
+def changed(recipe: Recipe, values: Mapping[str, Any], *, where: str) -> Recipe:
+    """A recipe with other values under some paths of keys, checked. ``where``: what an error begins with.
+
+    >>> changed(load_recipe("recipes/digits.yaml"), {"seed": 3}, where="here").seed  # doctest: +SKIP
+    3
+    """
+    content = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        set_key(content, key, copy.deepcopy(value), where=where)
+    return _checked(content, where)
+
+
+def _checked(content: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -53,8 +69,8 @@ def load_recipe(recipe: RecipeLike, *, overrides: Sequence[str] = (), short: boo
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Identity of what a recipe computes: 16 hex digits over everything but its description and what runs after it."""
-    content = recipe.model_dump(mode="json", exclude={"description", "then", "short"})
+    """Identity of what a recipe computes: 16 hex digits over everything but its description and what comes after it."""
+    content = recipe.model_dump(mode="json", exclude={"description", "then", "short", "ablate"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -85,6 +101,20 @@ def set_key(content: dict[str, Any], key: str, value: Any, *, where: str) -> Non
             if isinstance(step, str) and place.get(step) is None:
                 place[step] = {}
             place = place[step]
+
+
+def get_key(content: Any, key: str) -> Any:
+    """The value under a path of keys, as :func:`set_key` takes them; None where there is none.
+
+    >>> get_key({"stages": [{"prune": {"sparsity": 0.5}}]}, "stages[0].prune.sparsity"), get_key({}, "a.b")
+    (0.5, None)
+    """
+    for name, number in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key):
+        if number:
+            content = content[int(number)] if isinstance(content, list) and int(number) < len(content) else None
+        else:
+            content = content.get(name) if isinstance(content, dict) else None
+    return content
 
 
 def _content(recipe: RecipeLike) -> tuple[dict[str, Any], str]:

@@ -16,6 +16,7 @@ from pykd.recipe.gradual import GradualPruning
 from pykd.recipe.guarded import Guarded
 from pykd.recipe.models import FurtherTeacher, Student, Teacher
 from pykd.recipe.section import PatternText, Section
+from pykd.recipe.studies import Search, Study
 from pykd.recipe.train import Train
 
 #: The scheme of a recipe that chooses one for every layer.
@@ -300,22 +301,6 @@ class Evaluate(Section):
     )
 
 
-class Weights(Section):
-    """What counts how much when students are ranked."""
-
-    quality: float = Field(default=0.6, ge=0, description="accuracy, or the task's quality score")
-    speed: float = Field(default=0.2, ge=0, description="at batch 1")
-    size: float = Field(default=0.2, ge=0, description="bytes on disk")
-    explanations: float = Field(default=0.0, ge=0, description="likeness of attributions to the teacher's")
-
-
-class Study(Section):
-    """How `pykd study` ranks the students of a chain."""
-
-    weights: Weights = Field(default_factory=Weights, description="of each student's share of the best one's value")
-    explain: int = Field(default=0, ge=0, description="examples whose attributions are compared with the teacher's")
-
-
 class Recipe(Section):
     """One run: data, teacher, student, stages."""
 
@@ -328,6 +313,12 @@ class Recipe(Section):
     stages: list[Stage] = Field(min_length=1)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     study: Study | None = Field(None, description="the ranking of `pykd study`; only with a single stage `chain`")
+    search: Search | None = Field(None, description="values that `pykd study` looks for before it carries out the rest")
+    ablate: list[str | dict[str, dict[str, Any]]] = Field(
+        default_factory=list,
+        description="what is left out, one at a time, each in a run of its own: stages, losses, students (of a chain), "
+        "one of them as stages.prune or losses.hidden, or {name: {key: value}} with the keys that take it away",
+    )
     short: dict[str, Any] = Field(default_factory=dict, description="dotted keys that --short sets")
     then: str | None = Field(None, description="recipe file to run next, relative to this one")
 

@@ -1,4 +1,4 @@
-"""Reference models with random weights, tiny where their architecture allows, as caches and folders hold them."""
+"""Reference models with random weights as caches and folders hold them, and a recipe for a tiny transformer."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ DISTILBERT: dict[str, Any] = {
 }  # fmt: skip
 T5: dict[str, Any] = {
     "model_type": "t5", "vocab_size": 99, "d_model": 32, "d_kv": 16, "d_ff": 37, "num_layers": 1, "num_heads": 2,
+}  # fmt: skip
+VIT = {
+    "model_type": "vit", "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "intermediate_size": 32,
 }  # fmt: skip
 
 
@@ -38,3 +42,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "checkpoints").mkdir()
     torch.save(load_torchvision("resnet18").state_dict(), base / "checkpoints" / "resnet18-f37072fd.pth")
     return base
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict[str, Any]:
+    """A recipe to be completed with stages; not to be changed."""
+    training = {"max_steps": 6, "batch_size": 32, "lr": 3e-3}
+    return {
+        "name": "tiny",
+        "data": {"kind": "digits", "image_size": 8, "test_size": 60},
+        "teacher": {"source": "huggingface", "config": VIT, "train": training},
+        "evaluate": {"latency_rounds": 2, "speed_rounds": 2},
+    }

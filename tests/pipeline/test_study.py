@@ -10,30 +10,26 @@ import pytest
 
 from pykd import cli
 from pykd.errors import RecipeError
+from pykd.pipeline import arms as module
 from pykd.pipeline import run_study
-from pykd.pipeline import study as module
+from pykd.pipeline.ranking import Place, rank
 from pykd.pipeline.result import Measured
-from pykd.pipeline.study import Place, StudyRun, rank
-
-VIT = {
-    "model_type": "vit", "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "intermediate_size": 32,
-}  # fmt: skip
-RECIPE: dict[str, Any] = {
-    "name": "sizes",
-    "data": {"kind": "digits", "image_size": 8, "test_size": 60},
-    "teacher": {"source": "huggingface", "config": VIT, "train": {"max_steps": 6, "batch_size": 32, "lr": 3e-3}},
-    "stages": [{"chain": {"students": {"half": {"depth": 1}, "thin": {"depth": 1, "hidden_size": 16}}, "max_steps": 4,
-                          "batch_size": 32, "arms": ["labels", "direct"]}}],
-    "evaluate": {"latency_rounds": 2, "speed_rounds": 2},
-    "study": {"weights": {"quality": 0.5, "speed": 0.2, "size": 0.2, "explanations": 0.1}, "explain": 2},
-}  # fmt: skip
+from pykd.pipeline.study import StudyRun
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRun]:
+def sizes(tiny: dict[str, Any]) -> dict[str, Any]:
+    """A study of two students."""
+    students = {"half": {"depth": 1}, "thin": {"depth": 1, "hidden_size": 16}}
+    chain = {"students": students, "max_steps": 4, "batch_size": 32, "arms": ["labels", "direct"]}
+    weights = {"quality": 0.5, "speed": 0.2, "size": 0.2, "explanations": 0.1}
+    return {**tiny, "stages": [{"chain": chain}], "study": {"weights": weights, "explain": 2}}
+
+
+@pytest.fixture(scope="module")
+def done(quick: None, sizes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRun]:
     folder = tmp_path_factory.mktemp("study") / "sizes"
-    return folder, run_study(RECIPE, output_dir=folder, progress=False)
+    return folder, run_study(sizes, output_dir=folder, progress=False)
 
 
 def test_every_student_of_every_arm_is_saved_measured_and_ranked(done: tuple[Path, StudyRun]) -> None:
@@ -52,15 +48,17 @@ def test_every_student_of_every_arm_is_saved_measured_and_ranked(done: tuple[Pat
     assert not found.run.comparison.remarks, "students were not made from one another"
 
 
-def test_a_finished_study_is_read_back(done: tuple[Path, StudyRun], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_study_is_read_back(
+    sizes: dict[str, Any], done: tuple[Path, StudyRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, found = done
     monkeypatch.setattr(module, "evaluate", None)
-    again = run_study(RECIPE, output_dir=folder, resume=True, progress=False)
+    again = run_study(sizes, output_dir=folder, resume=True, progress=False)
     assert again.ranking == found.ranking and again.run.reports == found.run.reports
 
 
 def test_an_interrupted_study_goes_on(
-    done: tuple[Path, StudyRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sizes: dict[str, Any], done: tuple[Path, StudyRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured, real = [], module.evaluate
 
@@ -73,8 +71,8 @@ def test_an_interrupted_study_goes_on(
 
     monkeypatch.setattr(module, "evaluate", stops)
     with pytest.raises(KeyboardInterrupt):
-        run_study(RECIPE, output_dir=tmp_path / "sizes", progress=False)
-    found = run_study(RECIPE, output_dir=tmp_path / "sizes", resume=True, progress=False)
+        run_study(sizes, output_dir=tmp_path / "sizes", progress=False)
+    found = run_study(sizes, output_dir=tmp_path / "sizes", resume=True, progress=False)
     assert sorted(measured) == sorted([*(place.name for place in found.ranking), "thin-chain"])
     before = {report.name: report.predictions for report in done[1].run.reports}
     assert {report.name: report.predictions for report in found.run.reports} == before
@@ -112,8 +110,8 @@ def test_explanations_count_where_they_are_measured() -> None:
         rank([entry("none")], {"quality": 0.0})
 
 
-def test_other_recipes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = {**RECIPE, "student": {"depth": 1}, "stages": [{"distill": {}}], "study": None}
+def test_other_recipes_are_refused(sizes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = {**sizes, "student": {"depth": 1}, "stages": [{"distill": {}}], "study": None}
     with pytest.raises(RecipeError, match="a study compares the students of one `chain` stage"):
         run_study(other, output_dir=tmp_path / "x")
     with pytest.raises(RecipeError, match="study ranks the students of a chain: it goes with a single stage, `chain`"):

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import csv
-import functools
 import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pykd import from_pretrained, save_pretrained
-from pykd.evaluation import measure
 from pykd.models.huggingface import load_huggingface
-from pykd.pipeline import evaluate_saved, run
-from pykd.pipeline.reload import Reload
+from pykd.models.sizes import size_of
+from pykd.pipeline import run
+from pykd.recipe import load_recipe
 
 TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes"
@@ -27,22 +24,7 @@ sys.path.append(str(TESTS.parent / "benchmarks" / "data"))
 debian_rows: Any = importlib.import_module("debian_rows")
 
 FAST = ["evaluate.latency_rounds=1", "evaluate.speed_rounds=1", "evaluate.batch_size=20"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, no second of waiting for a throughput, and the reload in the same process."""
-
-    def reload(model: Path, recipe: Path, predictions: Any, *, batch_size: int) -> Reload:
-        found = evaluate_saved(model, recipe=recipe, batch_size=batch_size, latency_rounds=1).predictions
-        return Reload("pykd evaluate", len(found), sum(a != b for a, b in zip(found, predictions, strict=True)))
-
-    monkeypatch.setattr("pykd.pipeline.runner.check_reload", reload)
-    monkeypatch.setattr(measure, "measure_throughput", functools.partial(measure.measure_throughput, seconds=0.01))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_translation(tmp_path: Path) -> None:
@@ -62,13 +44,14 @@ def test_translation(tmp_path: Path) -> None:
         f"data.path={source}", f"data.tokenizer={tmp_path / 'tokenizer'}", "data.max_length=24",
         "data.max_target_length=16", "teacher.config.d_model=64", "teacher.config.d_kv=32", "teacher.config.d_ff=128",
         "teacher.config.num_layers=2", "teacher.config.num_decoder_layers=2", "teacher.config.num_heads=2",
-        "teacher.train.max_steps=3", "student.depth=1", "stages[0].distill.max_steps=4",
-        "stages[0].distill.validate_steps=2", f"evaluate.bertscore_model={tmp_path / 'judge'}", *FAST,
+        "teacher.train.max_steps=3", "student={depth: 1}", "stages[0].distill.max_steps=4",
+        "stages[0].distill.validate_steps=2", "stages[1].qat.max_steps=2",
+        "stages[1].qat.validate_steps=2", f"evaluate.bertscore_model={tmp_path / 'judge'}", *FAST,
     ]  # fmt: skip
     done = run(RECIPES / "translation.yaml", output_dir=tmp_path / "out", overrides=overrides, progress=False)
     assert done.reload.identical and done.final.size_bytes < 0.5 * done.teacher.size_bytes
     validated = done.measured[1].details["validations"]
-    assert [entry["step"] for entry in validated] == [2, 4] and "newly_right" in validated[1]
+    assert [entry["step"] for entry in validated] == [0, 2, 4] and "newly_right" in validated[1]
     assert {"bleu", "chrf", "ter", "bertscore"} <= set(done.final.metrics)
     assert f"reaches chrF {done.final.metrics['chrf']:.2f}, BLEU" in done.verdict() and "errors" not in done.verdict()
     assert "errors" not in (done.directory / "run.log").read_text()
@@ -90,6 +73,24 @@ def test_named_entities(tmp_path: Path) -> None:
         "stages[0].distill.max_steps=3", "stages[2].recover.max_steps=2", *FAST,
     ]  # fmt: skip
     done = run(RECIPES / "ner.yaml", output_dir=tmp_path / "out", overrides=overrides, progress=False)
-    assert done.reload.identical and done.final.size_bytes < 0.3 * done.teacher.size_bytes
+    assert done.reload.identical and done.final.size_bytes < 0.5 * done.teacher.size_bytes
     assert {"f1", "precision", "recall"} <= set(done.final.metrics)
     assert re.search(r"reaches F1 0\.\d{4} \(the teacher F1 0\.\d{4}\) on \d+ held-out words", done.verdict())
+    touched = done.measured[2].details["tensor_bytes"]
+    assert touched["layers"] == 6 and 0.11 < 1 - touched["after"] / touched["before"] < 0.13
+    (told,) = done.findings
+    assert [row[0] for row in told.cells] == ["without", "stages.prune"] and told.cells[1][-1].endswith("x")
+    assert float(told.cells[1][6]) <= float(told.cells[1][5]), "pruned weights in 8 bits take no more than dense ones"
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_the_sizes_of_the_study_fall(short: bool) -> None:
+    recipe = load_recipe(RECIPES / "study.yaml", short=short)
+    chain = recipe.stages[0].chain
+    assert chain is not None and recipe.teacher.preset is not None
+    presets = [recipe.teacher.preset, *(student.preset for student in chain.students.values())]
+    sizes = [size_of(preset) for preset in presets if preset]
+    weights = [size.depth * (4 * size.hidden_size**2 + 2 * size.hidden_size * size.intermediate_size) for size in sizes]
+    assert len(weights) == 6 and weights == sorted(weights, reverse=True)
+    full = {"12x768", "6x768", "6x512", "12x384", "2x384", "4x312"}
+    assert short or {recipe.teacher.preset, *chain.students} == full

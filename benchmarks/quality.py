@@ -74,7 +74,8 @@ def layer_inputs(model: nn.Module, data: DataBundle, names: Sequence[str], setti
 def dense_weight(layer: Any) -> Tensor:
     """The float32 weight that a layer stands for, whoever packed it."""
     weight = layer.weight() if callable(layer.weight) else layer.weight
-    result: Tensor = (weight.dequantize() if weight.is_quantized else weight).detach().float()
+    packed = weight.is_quantized or type(weight) not in (Tensor, nn.Parameter)
+    result: Tensor = (weight.dequantize() if packed else weight).detach().float()
     return result
 
 
@@ -166,14 +167,14 @@ def measure(
             changed, started = copy.deepcopy(model), time.perf_counter()
             try:
                 size_bytes = variant.apply(changed, data)
+                facts = {"size_bytes": size_bytes, "seconds": time.perf_counter() - started}
+                facts["output_error"] = 0.0 if variant.name == ORIGINAL else output_error(changed, inputs())
+                kept.put(variant.name, scores(changed, data, texts, settings.batch_size), facts)
             except Exception as error:
                 if not variant.peer:
                     raise
                 absent[variant.name] = f"{type(error).__name__}: {error}"
                 continue
-            facts = {"size_bytes": size_bytes, "seconds": time.perf_counter() - started}
-            facts["output_error"] = 0.0 if variant.name == ORIGINAL else output_error(changed, inputs())
-            kept.put(variant.name, scores(changed, data, texts, settings.batch_size), facts)
         rows.append(_row(variant, kept, labels, settings.seed))
         print(line(rows[-1], len(texts)), flush=True)
     for name, reason in absent.items():

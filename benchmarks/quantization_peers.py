@@ -129,10 +129,26 @@ def _bytes_in_int8(model: nn.Module, names: dict[str, nn.Module], scales_per_out
     return total
 
 
+def exact_products(codes: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """The products of int8 matrices [rows, k] and [k, columns], times a scale per row: no sum is rounded.
+
+    float32 holds whole numbers up to 2^24, which k products of 127 * 127 stay below up to k = 1040.
+    """
+    wide = torch.float32 if codes.shape[1] <= 1040 else torch.float64
+    return (codes.to(wide) @ weight.to(wide)).to(scales.dtype) * scales
+
+
 def torchao_int8(model: nn.Module, data: DataBundle) -> int:
-    """torchao's int8 with activations rounded per token, in the linear layers that `quantize` would take."""
+    """torchao's int8 with activations rounded per token, in the linear layers that `quantize` would take.
+
+    Where the CPU has no instructions for it, torch multiplies int8 in a plain loop, a hundred times slower; the same
+    whole numbers come from `exact_products` there.
+    """
+    from torchao.kernel import intmm
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+    if not torch.cpu._is_vnni_supported():
+        intmm._int_scaled_matmul_cpu = exact_products
     chosen = select_layers(model, (nn.Linear,)).chosen
     total = _bytes_in_int8(model, chosen, scales_per_output=True)
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda _, name: name in chosen)

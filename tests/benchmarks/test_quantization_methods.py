@@ -111,6 +111,14 @@ def test_the_interval_is_of_the_ratio_of_means_over_the_same_texts() -> None:
     assert answers.interval(baseline, torch.zeros(400).double(), seed=0) is None
 
 
+@pytest.mark.parametrize("inner", [7, 1040, 1041])
+def test_products_of_whole_numbers_are_exact(inner: int) -> None:
+    left, right = torch.full((2, inner), 127, dtype=torch.int8), torch.full((inner, 3), -127, dtype=torch.int8)
+    right[0], scales = 126, torch.tensor([[1.0], [0.5]])
+    want = (left.long() @ right.long()).float() * scales
+    assert torch.equal(script("quantization_peers").exact_products(left, right, scales), want)
+
+
 def test_a_peer_rounds_the_same_layers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
 

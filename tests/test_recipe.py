@@ -288,7 +288,6 @@ def test_gradual_pruning_is_a_part_of_a_training() -> None:
             r"unknown method of gradual pruning 'movment': did you mean 'movement'",
         ),
         ("distill={gradual: {sparsty: 0.5}}", r"unknown key 'sparsty': did you mean 'sparsity'"),
-        ("distill={gradual: {}, guard: {}}", r"gradual does not go with guard, whose best model may be one of less"),
         ("qat={gradual: {}}", r"stages\[0\]\.qat does not prune meanwhile: put gradual under recover"),
     ):
         stage = GOOD if setting.startswith("distill") else {**GOOD, "stages": [{}]}

@@ -41,7 +41,8 @@ class Gradual:
 
     Every ``every`` steps the masks follow the scores as they are then, with the sparsity of `cubic_sparsity` between
     the shares ``begin`` and ``end`` of all steps; from ``end`` on the masks stay and the rest recovers. Masked weights
-    get no gradient. At the end of the training layers become SparseLinear and SparseConv2d, as after `prune`.
+    get no gradient. At the end of the training layers become SparseLinear and SparseConv2d, as after `prune`. A guard
+    compares only models of the final sparsity: before ``end`` it holds the newest state, should training diverge.
 
     method: "magnitude", "random": what went never returns. "movement": scores learn beside the weights (Sanh et al.
     2020), rise where training moves a weight away from zero, and weights may return until ``end``. sparsity, scope,
@@ -104,7 +105,7 @@ class Gradual:
     @torch.no_grad()
     def step(self, model: nn.Module, number: int, total: int) -> dict[str, float]:
         """Set the masks of step ``number`` when they are due; the sparsity of all maskable layers together."""
-        first, last = round(self.begin * total), min(round(self.end * total), total - 1)
+        first, last = round(self.begin * total), self._last(total)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, Masked)}
         if number == last or (first <= number < last and (number - first) % self.every == 0):
             progress = (number - first) / (last - first) if last > first else 1.0
@@ -115,6 +116,18 @@ class Gradual:
                 layers[name].mask.copy_((mask & ~never[name]).view_as(layers[name].mask))
         weights = sum(layer.mask.numel() for layer in layers.values())
         return {"sparsity": 1 - float(sum(layer.mask.sum() for layer in layers.values())) / weights}
+
+    def settled(self, steps: int, total: int) -> bool:
+        """Whether the masks are the final ones once so many steps of ``total`` are done.
+
+        >>> [Gradual(end=0.5).settled(steps, 10) for steps in (5, 6)]
+        [False, True]
+        """
+        return steps > self._last(total)
+
+    def _last(self, total: int) -> int:
+        """The step, from 0, that sets the final masks."""
+        return min(round(self.end * total), total - 1)
 
     def detach(self, model: nn.Module) -> None:
         """Make the maskable layers sparse, or dense again where nothing went; in ``pykd_report`` if anything went."""

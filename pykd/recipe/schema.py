@@ -31,7 +31,7 @@ class Distill(Train):
     guard: Guarded | None = Field(
         None, description="go back to the best checkpoint when quality falls; {} for defaults"
     )
-    gradual: GradualPruning | None = Field(None, description="prune meanwhile; {} for the defaults; not with a guard")
+    gradual: GradualPruning | None = Field(None, description="prune meanwhile; {} for the defaults")
     method: str | dict[str, float | dict[str, Any]] = Field(
         "logits",
         description="logits, hidden, attention, relation, contrastive, sequence, on_policy; or several with their "
@@ -46,12 +46,6 @@ class Distill(Train):
     def _known_loss(cls, method: str | dict[str, Any]) -> str | dict[str, Any]:
         resolve(method)
         return method
-
-    @model_validator(mode="after")
-    def _not_both(self) -> Distill:
-        if self.gradual is not None and self.guard is not None:
-            raise ValueError("gradual does not go with guard, whose best model may be one of less sparsity")
-        return self
 
     @field_validator("teacher_scheme")
     @classmethod

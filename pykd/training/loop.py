@@ -54,8 +54,9 @@ def fit(
     which model is the best. With ``guard`` a run that loses too much goes back to its best state with a lower learning
     rate, in the end stops early, and always leaves the best model; every decision is in ``history.validations``.
 
-    prune: sparsity that rises during the run (:class:`pykd.pruning.Gradual`); the model is sparse afterwards. It does
-    not go with a guard, whose best model may be one from before the last weights went, nor with FSDP2.
+    prune: sparsity that rises during the run (:class:`pykd.pruning.Gradual`); the model is sparse afterwards. The best
+    model is then the best of those with the final sparsity, and a guard compares no others: while sparsity rises it
+    keeps the newest model, to go back to if a loss is not finite. prune does not go with FSDP2.
 
     With ``checkpoint_dir`` a checkpoint is written every ``config.checkpoint_steps`` steps, for every new best model,
     at Ctrl-C (after the step, then KeyboardInterrupt) and at the end; ``resume=True`` continues from the newest with
@@ -76,10 +77,6 @@ def fit(
     config = config or TrainConfig()
     watched: dict[str, Any] = {"guard": guard.to_dict()} if guard is not None else {}
     if prune is not None:
-        if guard is not None:
-            raise ValueError(
-                "prune does not go with guard, whose best model may be one of less sparsity: guard another run"
-            )
         watched["prune"] = prune.to_dict()
     with preserved_rng(), attached(prune, model):
         run = Run(model, data, config, (settings or {}) | watched, checkpoint_dir, modules, prune,

@@ -19,6 +19,9 @@ class Pruner(Protocol):
         """Set the masks for step ``number`` (from 0) of ``total``; what to note of the step. A function of the model's
         state and these numbers alone, so that an interrupted training continues bit for bit."""
 
+    def settled(self, steps: int, total: int) -> bool:
+        """Whether the sparsity is the final one once so many steps of ``total`` are done."""
+
     def detach(self, model: nn.Module) -> None:
         """Make the layers sparse for good, in place, and record it."""
 

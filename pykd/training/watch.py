@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,6 +98,8 @@ class Watch:
         )
         if kept is not None and kept < self.guard.retention:
             history.outcome += f", less than the {100 * self.guard.retention:g} % it was to keep"
+        if not self._settled(best["step"]):
+            history.outcome += ", before its final sparsity was reached"
         worse = self.stopped or last["action"] != "best" or (kept is not None and kept < self.guard.retention)
         logger.log(logging.WARNING if worse else logging.INFO, "%s: %s", self.log.run, history.outcome)
 
@@ -118,10 +121,20 @@ class Watch:
         back = sum(entry["action"] == "roll back" for entry in self.run.history.validations)
         return {"best_step": best["step"], "rolled_back": back}
 
+    def _settled(self, step: int) -> bool:
+        """Whether a state may be compared with others: not while sparsity rises, which is meant to cost quality."""
+        prune = self.run.prune
+        return prune is None or prune.settled(step, self.run.history.total_steps)
+
     def _judge(self, name: str, value: float) -> Verdict:
         best = self._best
         if self.guard is None and name not in HIGHER_IS_BETTER:
             return Verdict("keep", f"{name} {value:.6g}", None, None)
+        if math.isfinite(value) and not self._settled(self.run.history.steps):
+            found = judge(self.guard or Guard(), name, value, None)
+            return replace(found, sentence=f"{name} {value:.6g} while sparsity rises, compared with no other")
+        if math.isfinite(value) and best is not None and not self._settled(best["step"]):
+            best = None
         past = self._past(best) if best is not None else {}
         verdict = judge(self.guard or Guard(), name, value, best["value"] if best is not None else None, **past)
         if self.guard is None and best is not None and verdict.action in ("roll back", "stop"):

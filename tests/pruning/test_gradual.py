@@ -23,7 +23,7 @@ from pykd.nn.sparse_conv import SparseConv2d
 from pykd.nn.sparse_linear import SparseLinear
 from pykd.pruning import Gradual, prune
 from pykd.pruning.gradual import cubic_sparsity
-from pykd.training import Guard, TrainConfig, fit
+from pykd.training import Guard, History, TrainConfig, fit
 from pykd.training.engine import Engine
 
 from ..training import killed
@@ -217,10 +217,53 @@ def test_what_it_refuses(options: dict[str, Any], sentence: str) -> None:
         Gradual(**options)
 
 
-def test_guards_and_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+# Under a guard.
+
+
+def guarded(scores: list[float], *, broken: tuple[int, ...] = (), **options: Any) -> tuple[nn.Sequential, History]:
+    """Twelve steps, validated every two with these accuracies; the masks of the seventh are final. broken: losses, by
+    the number of the call, that are not finite."""
+    model, told, calls = network(), iter(scores), itertools.count()
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        loss, noted = quiet(model, batch)
+        return (loss * torch.nan if next(calls) in broken else loss), noted
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        return {"accuracy": next(told)}
+
+    config = TrainConfig(max_steps=12, batch_size=8, validate_steps=2)
+    gradual, guard = Gradual(sparsity=0.8, end=0.5, every=1), Guard(metric="accuracy", **options)
+    return model, fit(model, killed.bundle(), loss_fn, config, validate=validate, guard=guard, prune=gradual,
+                      progress=False)  # fmt: skip
+
+
+def test_a_guard_compares_only_models_of_the_final_sparsity() -> None:
+    model, history = guarded([0.9, 0.8, 0.5, 0.4, 0.6, 0.5, 0.58, 0.59])
+    assert [(entry["step"], entry["action"]) for entry in history.validations] == [
+        *((step, "best") for step in (0, 2, 4, 6, 8)), (10, "roll back"), (10, "keep"), (12, "keep"),
+    ]  # fmt: skip
+    said = [entry["sentence"] for entry in history.validations]
+    assert said[3] == "accuracy 0.4 while sparsity rises, compared with no other"
+    assert said[4] == "accuracy 0.6 is the first" and "against the best, 0.6 at step 8" in said[5]
+    gone, total = zeros(model)
+    assert history.kept_step == 8 and gone == round(0.8 * total)
+    assert history.outcome == "finished after 1 rollback with the model of step 8: accuracy 0.6"
+
+
+def test_a_guard_goes_back_to_the_newest_state_while_sparsity_rises() -> None:
+    model, history = guarded([0.9, 0.8, 0.5, 0.4, 0.3, 0.35, 0.36], broken=(5,))
+    assert [entry["action"] for entry in history.validations] == ["best"] * 3 + ["roll back"] + ["best"] * 4
+    assert "rolled back to step 4" in history.validations[3]["sentence"] and history.steps == 12
+    gone, total = zeros(model)
+    assert gone == round(0.8 * total)
+    model, history = guarded([0.9, 0.8, 0.5], broken=(5,), rollbacks=0)
+    assert 0 < zeros(model)[0] < round(0.8 * total) and history.kept_step == 4
+    assert history.outcome is not None and history.outcome.endswith("0.5, before its final sparsity was reached")
+
+
+def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data, options = killed.bundle(), {"prune": Gradual(), "progress": False}
-    with pytest.raises(ValueError, match="prune does not go with guard, whose best model may be one of less"):
-        fit(network(), data, quiet, validate=lambda model: {"loss": 1.0}, guard=Guard(metric="loss"), **options)
     monkeypatch.setattr(Engine, "own", lambda engine, model: network())
     model = network()
     with pytest.raises(ValueError, match="prune needs whole weights in every process: run under DDP, not FSDP2"):

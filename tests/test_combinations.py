@@ -28,6 +28,7 @@ from pykd.models.torchvision import load_torchvision
 from pykd.nn import CompressedModule
 from pykd.nn.fake_quantized import rounded_inputs
 from pykd.nn.selection import replace_layer
+from pykd.nn.sparse_linear import SparseWeight
 from pykd.quantization import SCHEMES
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
@@ -36,6 +37,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("causal-lm", {"vocab_size": 99, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32,
                            "bos_token_id": 1, "eos_token_id": 2}),
     "llama": ("causal-lm", {**SMALL, "vocab_size": 99, "num_key_value_heads": 2}),
+    "t5": ("seq2seq-lm", {"vocab_size": 99, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
+                          "decoder_start_token_id": 0}),
     "vit": ("image-classification", {**SMALL, "image_size": 16, "patch_size": 4}),
 }  # fmt: skip
 CONVOLUTIONAL = "squeezenet1_1"
@@ -96,7 +99,7 @@ def batch_of(family: str) -> dict[str, Tensor]:
         size = 16 if family == "vit" else 48
         return {"pixel_values": torch.randn(4, 3, size, size, generator=generator), "labels": torch.arange(4)}
     ids = torch.randint(3, 99, (4, 10), generator=generator)
-    labels = ids.clone() if FAMILIES[family][0] == "causal-lm" else torch.arange(4)
+    labels = torch.arange(4) if FAMILIES[family][0] == "sequence-classification" else ids.clone()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -163,14 +166,35 @@ def check(row: Row, folder: Path) -> None:
         bits = row.scheme[1] if row.scheme[0] == "w" else "4" if row.scheme in ("nf4", "fp4") else "16"
         assert (got - exact).norm() <= CHANGES[bits] * exact.norm(), row.name
         parts = [before] if row.pruned is None else [before, make(row._replace(pruned=None))[0]]
-        assert size_of(model) <= min(map(size_of, parts)), row.name
-        changed = set(model.pykd_report[-1]["changed"])  # type: ignore[index, operator]
+        entry: dict[str, Any] = model.pykd_report[-1]  # type: ignore[index, operator, assignment]
+        larger = size_of(model) > min(map(size_of, parts))
+        assert not larger or any("stay sparse" in note for note in entry["notes"]), row.name
+        changed = set(entry["changed"])
         assert changed == {name for name, layer in model.named_modules() if getattr(layer, "scheme", None)}, row.name
+        check_notes(before, model, entry, row.name)
     elif row.pruned is not None:
         assert size_of(model) < size_of(make(Row(row.family, row.distilled, None, None))[0]), row.name
     save_pretrained(model, folder / row.name)
     tensors = {f"in.{name}": tensor for name, tensor in batch.items()} | {"out": got.contiguous()}
     save_file(tensors, folder / f"{row.name}.safetensors")
+
+
+def check_notes(before: nn.Module, model: nn.Module, entry: dict[str, Any], name: str) -> None:
+    """What packing makes of a pruned layer's zeros is said of each layer, and in words of all of them."""
+    pruned = [key for key in entry["changed"] if isinstance(before.get_submodule(key), SparseWeight)]
+    assert pruned == [key for key, facts in entry["changed"].items() if "zeros" in facts], name
+    lost = {"bytes": 0, "time": 0}
+    for key in pruned:
+        layer: Any = model.get_submodule(key)
+        saves, held = entry["changed"][key]["zeros"], {name for name, _ in layer.named_buffers()}
+        assert ("bytes" in saves) == (layer.nnz is not None), (name, key)
+        assert ("time" in saves) == bool({"kept", "panels"} & held), (name, key)
+        lost = {what: count + (what not in saves) for what, count in lost.items()}
+    for what, count in lost.items():
+        said = [
+            note for note in entry["notes"] if note.startswith(f"zeros save no {what} in {count} of {len(pruned)} ")
+        ]
+        assert len(said) == (count > 0), (name, what, entry["notes"])
 
 
 RELOAD = """

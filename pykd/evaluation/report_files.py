@@ -130,6 +130,7 @@ def markdown(story: Story) -> str:
             for name, record in story.stages.items()
             if record.details.get("outcome")
         ),
+        *(f"{name}: {note}." for name, record in story.stages.items() for note in record.details.get("notes") or ()),
         f"Data: {data['name']}, {data['train_size']:,} to train on, {data['test_size']:,} held out, "
         f"{len(data['class_names'])} classes.",
         f"Machine: {environment['cpu']} ({environment['cpu_count']} cores, {environment['isa']}), "

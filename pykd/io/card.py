@@ -186,4 +186,5 @@ def _stage(stage: dict[str, Any]) -> str:
     parameters = {key: value for key, value in (stage.get("parameters") or {}).items() if value is not None}
     shown = ", ".join(f"{key}={value}" for key, value in parameters.items() if not isinstance(value, (dict, list)))
     method = f" by {stage['method']}" if stage.get("method") else ""
-    return f"{stage.get('stage', '?')}{method}{f' ({shown})' if shown else ''}"
+    notes = "".join(f"; {note}" for note in stage.get("notes") or [])
+    return f"{stage.get('stage', '?')}{method}{f' ({shown})' if shown else ''}{notes}"

@@ -28,6 +28,7 @@ from pykd.ops.linear_8bit import SCHEMES_8BIT
 from pykd.quantization.methods import check_group_size, check_method
 from pykd.quantization.packing import stored_bytes
 from pykd.quantization.quantize import LEAST_SAVING_BYTES
+from pykd.quantization.zeros import sentences, worth
 from pykd.training.record import add_record, recorded_change, require_finite_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -125,7 +126,8 @@ def convert_qat(model: Model) -> Model:
     first = next(iter(layers.values()))
     parameters = {name: getattr(first, name) for name in ("scheme", "group_size", "symmetric", "search_every")}
     with recorded_change(model, stage="quantize", method="qat", parameters=parameters) as facts:
-        facts.update(changed={name: _convert(model, layer) for name, layer in layers.items()}, skipped={})
+        changed = {name: _convert(model, layer) for name, layer in layers.items()}
+        facts.update(changed=changed, skipped={}, notes=sentences(model, changed, {}))
     return model
 
 
@@ -150,4 +152,5 @@ def _convert(model: nn.Module, layer: FakeQuantized) -> dict[str, Any]:
     packed = layer.convert()
     replace_layer(model, layer, packed)
     before = sum(parameter.nbytes for parameter in layer.parameters())
-    return {"type": type(packed).__name__, "bytes_before": before, "bytes_after": stored_bytes(packed)}
+    zeros = {} if layer.kept is None else {"zeros": worth(packed)}
+    return {"type": type(packed).__name__, "bytes_before": before, "bytes_after": stored_bytes(packed), **zeros}

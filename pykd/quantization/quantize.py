@@ -14,6 +14,7 @@ from pykd.errors import DataError
 from pykd.nn.linear_4bit import is_4bit
 from pykd.nn.linear_8bit import STATIC
 from pykd.nn.selection import CONVOLUTION, EMBEDDING, LINEAR, layers_of, replace_layer, select_layers, transposed
+from pykd.nn.sparse_linear import SparseWeight
 from pykd.quantization.embeddings import check_embeddings, quantize_embeddings
 from pykd.quantization.methods import Choose, check_group_size, check_method
 from pykd.quantization.observers import Observer, check_observer
@@ -29,6 +30,7 @@ from pykd.quantization.packing import (
     uses_static,
 )
 from pykd.quantization.sensitivity import Assignment
+from pykd.quantization.zeros import sentences, worth
 from pykd.training.record import recorded_change, require_finite_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -90,7 +92,8 @@ def quantize(
     ones; the statistics of one input are in memory at a time: 4 * in_features^2 bytes, and a few times that while codes
     are chosen. A layer that calibration never reached, or that would save less than LEAST_SAVING_BYTES, stays as it is
     and is named with the reason in ``model.pykd_report``. Weights that are exactly zero stay so under every method, and
-    sparse layers are stored sparse where that is smaller. Packed weights are constants: train before.
+    sparse layers are stored sparse where that is smaller; the report's ``notes`` say in words where zeros save no bytes
+    or no time any more. Packed weights are constants: train before.
 
     Raises ValueError for an unknown scheme or method or ones that do not go together, a method without the data that it
     needs, numbers out of range, patterns that match nothing, NaN or infinite weights or activations, and data that
@@ -151,7 +154,7 @@ def quantize(
             packed, unpacked = _quantize_layers(model, packing, batches)
             changed, left = {**changed, **packed}, {**left, **unpacked}
         skipped = {name: reason for name, reason in {**skipped, **left}.items() if name not in changed}
-        facts.update(changed=changed, skipped=skipped)
+        facts.update(changed=changed, skipped=skipped, notes=sentences(model, changed, skipped))
         if isinstance(scheme, Assignment):
             facts["assignment"] = scheme.record()
     return model
@@ -205,4 +208,5 @@ def _quantize_layer(model: nn.Module, name: str, pack: Pack, inputs: Inputs | No
     if before - after < LEAST_SAVING_BYTES:
         return f"would be stored in {after} instead of {before} bytes: no gain"
     replace_layer(model, layer, packed)
-    return {"type": type(packed).__name__, "bytes_before": before, "bytes_after": after}
+    zeros = {"zeros": worth(packed)} if isinstance(layer, SparseWeight) else {}
+    return {"type": type(packed).__name__, "bytes_before": before, "bytes_after": after, **zeros}

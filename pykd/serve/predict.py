@@ -18,6 +18,9 @@ from pykd.serve.predictors import Answer
 from pykd.serve.served import Served
 from pykd.serve.state import State, within
 
+#: Texts of so few characters are read at once: handing them to a thread takes longer than that.
+SHORT_CHARS = 2000
+
 
 class PredictRequest(BaseModel):
     """One of `text` and `image`, one input or a list of them; how many and how large, the service's limits say."""
@@ -134,8 +137,10 @@ def _inputs(state: State, body: PredictRequest, served: Served) -> list[Any]:
             raise HTTPException(
                 422, f"text {number} has {len(text)} characters, allowed are 1 to {settings.max_text_chars}"
             )
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise HTTPException(422, f"text {number} holds half of a character (a surrogate), which is no text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise HTTPException(422, f"text {number} holds half of a character, a surrogate") from None
     return list(inputs)
 
 
@@ -148,9 +153,12 @@ def _decoded(image: str, name: str) -> bytes:
 
 async def _answers(state: State, served: Served, inputs: list[Any]) -> list[Answer]:
     served.batcher.require_room(len(inputs))
-    loop = asyncio.get_running_loop()
+    prepare = served.predictor.prepare
     try:
-        ready = await loop.run_in_executor(state.prepare, served.predictor.prepare, inputs)
+        if served.predictor.takes == "text" and sum(map(len, inputs)) <= SHORT_CHARS:
+            ready = prepare(inputs)
+        else:
+            ready = await asyncio.get_running_loop().run_in_executor(state.prepare, prepare, inputs)
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
     return await served.batcher.submit(ready)

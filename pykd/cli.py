@@ -388,15 +388,26 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="inputs that may wait; more are answered with 429")] = 256,
     max_tokens: Annotated[int, typer.Option(help="of a text; what is longer is cut")] = 512,
     timeout_s: Annotated[float, typer.Option(help="time limit of an answer")] = 30.0,
+    state: Annotated[
+        Path | None, typer.Option(help="folder of what outlives the service: its log, baselines, jobs and their runs")
+    ] = None,
+    recipes: Annotated[Path | None, typer.Option(help="folder whose recipes may be started as jobs")] = None,
+    max_jobs: Annotated[int, typer.Option(help="jobs that run at once; more are answered with 429")] = 1,
+    accuracy: Annotated[float | None, typer.Option(help="alarm: rolling accuracy below this share")] = None,
+    f1: Annotated[float | None, typer.Option(help="alarm: rolling F1 below this share")] = None,
+    psi: Annotated[float, typer.Option(help="alarm: population stability index from here on")] = 0.25,
+    window: Annotated[int, typer.Option(help="newest predictions that are compared with the baseline")] = 500,
 ) -> None:
-    """Answer requests over HTTP: POST /predict, GET /models, /metrics, /healthz; all of them: /openapi.json."""
+    """Answer requests over HTTP, and show a web page at /: predictions, checks, jobs, monitoring; see /openapi.json."""
+    from pykd.monitoring import Thresholds
     from pykd.serve import Settings
     from pykd.serve.server import serve as run_service
 
     settings = Settings(
         models=tuple(models or ()), roots=tuple(root or ()), library=library, offline=offline, host=host, port=port,
         token=token, threads=threads, max_tokens=max_tokens, max_batch=max_batch,
-        batch_window_ms=batch_window_ms, max_queue=max_queue, timeout_s=timeout_s,
+        batch_window_ms=batch_window_ms, max_queue=max_queue, timeout_s=timeout_s, state=state, recipes=recipes,
+        max_jobs=max_jobs, thresholds=Thresholds(psi=psi, accuracy=accuracy, f1=f1, window=window),
     )  # fmt: skip
     run_service(settings)
 

@@ -1,7 +1,8 @@
 """How a model's inputs and answers were distributed when all was well: a JSON file that later traffic is held against.
 
 Quantities of a prediction: ``confidence`` (probability of the answer), ``entropy`` (of all classes, 0..1 of what is
-possible), ``length`` (tokens or pixels), ``latency_ms``, and of its embedding, the vector that the classifier reads,
+possible), ``length`` (tokens or pixels), ``latency_ms`` (of a request, so told of one of its predictions: values that
+repeat would look surer than they are), and of its embedding, the vector that the classifier reads,
 ``embedding_distance`` from the baseline's mean and ``embedding_1`` ... along the baseline's principal directions.
 """
 
@@ -102,8 +103,8 @@ class Baseline:
         described: list[dict[str, float]] = [dict(row) for row in rows]
         if found is not None:
             described = [row | found.describe(v) for row, v in zip(described, np.asarray(vectors), strict=True)]
-        names = [name for name in described[0] if all(name in row for row in described)]
-        values = {name: _thinned([row[name] for row in described]) for name in names}
+        names = dict.fromkeys(name for row in described for name in row)
+        values = {name: _thinned([row[name] for row in described if name in row]) for name in names}
         return cls(model, len(rows), values, dict(Counter(labels)), found)
 
     def save(self, path: str | Path) -> None:

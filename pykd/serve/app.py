@@ -5,11 +5,10 @@ How it is put together, for whoever adds to it:
 - A part is a file with a function `router(state: State) -> APIRouter`; `PARTS` below lists them, and `create_app`
   includes each. What a part is told comes from `state.settings` (pykd/serve/settings.py: a frozen dataclass, whose
   fields the command line sets); what it keeps belongs to the part, not to the module.
-- `state.observers` is the hook of monitoring: callables `observe(model_name, inputs, probabilities, latency_ms)`,
-  called in the event loop after every `POST /predict` that was answered, so they must return quickly. inputs: list of
-  texts, or of the bytes of images. probabilities: a list of floats an input, None for models that do not classify
-  whole inputs.
-  A part appends its observer in its `router` function. What one raises is logged and spoils no answer.
+- `state.observers` is the hook of monitoring: callables `observe(answered)` (pykd/serve/state.py: Answered), called in
+  the event loop after every `POST /predict` that was answered, so they must return quickly. A part appends its observer
+  in its `router` function, and to `state.closing` what is to be done at the end. What one raises is logged and spoils
+  no answer.
 - `state.models[name]` are the models (pykd/serve/served.py), `state.metrics.registry` the registry of Prometheus,
   `state.public` the paths that need no token (add a page there, never an answer that says anything).
 - Before any part, pykd/serve/doors.py has checked host, token, size and arrival time of the body, and counts the
@@ -33,7 +32,7 @@ from fastapi.responses import JSONResponse
 
 from pykd import __version__
 from pykd.errors import PykdError
-from pykd.serve import metrics, models, predict
+from pykd.serve import jobs_api, metrics, models, monitoring_api, page, predict
 from pykd.serve.batching import QueueFullError
 from pykd.serve.doors import REFUSALS, Doors, Problem
 from pykd.serve.served import load_models
@@ -43,7 +42,9 @@ from pykd.serve.state import State
 logger = logging.getLogger(__name__)
 
 #: The parts of the service, in the order of its description.
-PARTS: tuple[Callable[[State], APIRouter], ...] = (predict.router, models.router, metrics.router)
+PARTS: tuple[Callable[[State], APIRouter], ...] = (
+    predict.router, models.router, metrics.router, monitoring_api.router, jobs_api.router, page.router,
+)  # fmt: skip
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pykd.models.example import IMAGE_SIZE
+from pykd.monitoring import HeadInputs
 from pykd.serve.predictors import Answer, Input, classify
 
 #: Formats that are opened, by Pillow's names.
@@ -29,13 +30,14 @@ class ImageClassifier:
 
     def __init__(self, model: nn.Module, labels: tuple[str, ...], preprocess: Preprocess, *, max_pixels: int) -> None:
         self.model, self.labels, self.preprocess, self.max_pixels = model, labels, preprocess, max_pixels
+        self.head = HeadInputs(model)
 
     def prepare(self, inputs: Sequence[bytes]) -> list[Input]:
         pictures = [open_image(content, self.max_pixels, f"image {n}") for n, content in enumerate(inputs)]
         return [Input(1, self.preprocess(picture)) for picture in pictures]
 
     def compute(self, inputs: list[Input]) -> list[Answer]:
-        return classify(self.model, {"pixel_values": torch.stack([one.content for one in inputs])})
+        return classify(self.model, {"pixel_values": torch.stack([one.content for one in inputs])}, self.head)
 
 
 def open_image(content: bytes, max_pixels: int, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import secrets
 import time
 from typing import Any
 
@@ -14,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pykd.errors import nearest
 from pykd.serve.doors import Problem
 from pykd.serve.labels import MEDIA_TYPE, encode_labels
-from pykd.serve.predictors import Answer
+from pykd.serve.predictors import Answer, Input
 from pykd.serve.served import Served
-from pykd.serve.state import State, within
+from pykd.serve.state import Answered, State, within
 
 #: Texts of so few characters are read at once: handing them to a thread takes longer than that.
 SHORT_CHARS = 2000
@@ -53,6 +54,7 @@ class Entity(BaseModel):
 class Prediction(BaseModel):
     """Of classifiers: label, score and top; of models that tag words: entities; of those that generate: text, score."""
 
+    id: str = Field(description="for POST /feedback, which takes the true label")
     label: str | None = None
     score: float | None = None
     top: list[Candidate] | None = None
@@ -93,17 +95,21 @@ def router(state: State) -> APIRouter:
         packed = MEDIA_TYPE in request.headers.get("accept", "")
         if packed and served.predictor.task not in ("text-classification", "image-classification"):
             raise HTTPException(406, f"{served.name} does not classify whole inputs: accept application/json")
-        answers = await within(state.settings.timeout_s, _answers(state, served, inputs), "the prediction")
+        ready, answers = await within(state.settings.timeout_s, _answers(state, served, inputs), "the prediction")
         latency_ms = 1000 * (time.perf_counter() - request.scope["pykd_arrived"])
         state.metrics.predictions.labels(served.name).inc(len(answers))
-        probabilities = [one.probabilities for one in answers if one.probabilities is not None]
-        state.observe(served.name, inputs, probabilities or None, latency_ms)
+        ids = prediction_ids(len(answers))
+        lengths = [one.length for one in ready]
+        state.observe(Answered(served.name, inputs, ids, lengths, answers, latency_ms))
         if packed:
             numbers = [one.index for one in answers if one.index is not None]
-            return Response(encode_labels(numbers, len(served.predictor.labels)), media_type=MEDIA_TYPE)
+            content = encode_labels(numbers, len(served.predictor.labels))
+            return Response(content, media_type=MEDIA_TYPE, headers={"X-Prediction-Id": ids[0]})
         said = PredictResponse(
             model=served.name, task=served.predictor.task, latency_ms=latency_ms,
-            predictions=[_prediction(one, served.predictor.labels, body.top) for one in answers],
+            predictions=[
+                _prediction(id, one, served.predictor.labels, body.top) for id, one in zip(ids, answers, strict=True)
+            ],
         )  # fmt: skip
         return Response(said.model_dump_json(exclude_none=True), media_type="application/json")
 
@@ -151,7 +157,17 @@ def _decoded(image: str, name: str) -> bytes:
         raise HTTPException(422, f"{name} is not base64: {error}") from None
 
 
-async def _answers(state: State, served: Served, inputs: list[Any]) -> list[Answer]:
+def prediction_ids(count: int) -> list[str]:
+    """Ids of the predictions of one request: those after the first count on from it.
+
+    >>> [id.rpartition("-")[2] for id in prediction_ids(2)]
+    ['0', '1']
+    """
+    request = secrets.token_hex(8)
+    return [f"{request}-{number}" for number in range(count)]
+
+
+async def _answers(state: State, served: Served, inputs: list[Any]) -> tuple[list[Input], list[Answer]]:
     served.batcher.require_room(len(inputs))
     prepare = served.predictor.prepare
     try:
@@ -161,13 +177,13 @@ async def _answers(state: State, served: Served, inputs: list[Any]) -> list[Answ
             ready = await asyncio.get_running_loop().run_in_executor(state.prepare, prepare, inputs)
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
-    return await served.batcher.submit(ready)
+    return ready, await served.batcher.submit(ready)
 
 
-def _prediction(answer: Answer, labels: tuple[str, ...], top: int) -> Prediction:
+def _prediction(id: str, answer: Answer, labels: tuple[str, ...], top: int) -> Prediction:
     values = answer.probabilities
     if values is None:
-        return Prediction(**answer.says)
+        return Prediction(id=id, **answer.says)
     best = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:top]
     candidates = [Candidate(label=labels[index], score=values[index]) for index in best]
-    return Prediction(label=candidates[0].label, score=candidates[0].score, top=candidates)
+    return Prediction(id=id, label=candidates[0].label, score=candidates[0].score, top=candidates)

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pykd.models.adapter import logits
+from pykd.monitoring import HeadInputs
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class Answer:
     """What a model says about one input.
 
     says: fields of a prediction of the service. index, probabilities: from models that classify whole inputs.
+    vector: the embedding that the classifier read, for monitoring.
     """
 
     says: dict[str, Any] = field(default_factory=dict)
     index: int | None = None
     probabilities: list[float] | None = None
+    vector: NDArray[np.float32] | None = None
 
 
 class Predictor(Protocol):
@@ -48,9 +53,17 @@ class Predictor(Protocol):
     def compute(self, inputs: list[Input]) -> list[Answer]: ...
 
 
-def classify(model: nn.Module, batch: dict[str, Tensor], *, independent: bool = False) -> list[Answer]:
-    """The likeliest class of every row, and all probabilities; independent: each class by itself (several may hold)."""
+def classify(
+    model: nn.Module, batch: dict[str, Tensor], head: HeadInputs, *, independent: bool = False
+) -> list[Answer]:
+    """The likeliest class of every row, and all probabilities; independent: each class by itself (several may hold).
+
+    head: of the model, whose inputs become the answers' vectors.
+    """
     scores = logits(model, batch).float()
     probabilities = scores.sigmoid() if independent else torch.softmax(scores, dim=-1)
     best = probabilities.argmax(dim=-1).tolist()
-    return [Answer(index=index, probabilities=row) for index, row in zip(best, probabilities.tolist(), strict=True)]
+    vectors = head.take()
+    seen = vectors if vectors is not None and len(vectors) == len(best) else [None] * len(best)
+    rows = zip(best, probabilities.tolist(), seen, strict=True)
+    return [Answer(index=index, probabilities=row, vector=vector) for index, row, vector in rows]

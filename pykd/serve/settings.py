@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from pykd.monitoring import Thresholds
 
 #: Characters that a token must have at least: it is all that stands between the network and the models.
 LEAST_TOKEN = 16
@@ -28,6 +30,9 @@ class Settings:
 
     max_batch: inputs of several requests that are computed together; batch_window_ms: how long the first of them waits
     for company. max_queue: inputs waiting for a model; more are refused. threads: that compute; None: torch's choice.
+
+    state: folder of what outlives the service: its log, baselines, jobs and their runs; None keeps nothing and starts
+    no job. recipes: folder whose recipes may be started as jobs; max_jobs: so many at once. thresholds: of monitoring.
 
     body_timeout_s: for a body to arrive; timeout_s: for an answer; check_timeout_s: for a check of a model; drain_s:
     that requests under way have to finish after the first signal to stop.
@@ -55,6 +60,10 @@ class Settings:
     batch_window_ms: float = 1.0
     max_queue: int = 256
     threads: int | None = None
+    state: Path | None = None
+    recipes: Path | None = None
+    max_jobs: int = 1
+    thresholds: Thresholds = field(default_factory=Thresholds)
     body_timeout_s: float = 10.0
     timeout_s: float = 30.0
     check_timeout_s: float = 300.0
@@ -66,6 +75,9 @@ class Settings:
         self._at_least("max_tokens", 2)
         self._at_least("batch_window_ms", 0)
         self._at_least("max_queue", self.max_inputs)
+        self._at_least("max_jobs", 1)
+        if self.recipes is not None and (self.state is None or not self.recipes.is_dir()):
+            raise ValueError(f"recipes {self.recipes} must be a folder, and state name one for their runs")
         if self.threads is not None:
             self._at_least("threads", 1)
         for name in ("body_timeout_s", "timeout_s", "check_timeout_s", "drain_s"):

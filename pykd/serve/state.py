@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import HTTPException
 
 from pykd.serve.metrics import Metrics
+from pykd.serve.predictors import Answer
 from pykd.serve.served import Served
 from pykd.serve.settings import Settings
 
@@ -21,16 +22,25 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class Observer(Protocol):
-    """What monitoring is: it is told of every request that was answered, and must return quickly.
+@dataclass(frozen=True)
+class Answered:
+    """One request that was answered, as observers are told of it; everything by input, in their order.
 
-    inputs: the texts, or the bytes of the images. probabilities: one list of class probabilities an input; None from
-    models that do not classify whole inputs. latency_ms: of the request, from its arrival.
+    inputs: the texts, or the bytes of the images. ids: of the predictions, as the client was told them. lengths: in
+    tokens, 1 for images. answers: with class probabilities from models that classify whole inputs. latency_ms: of the
+    request, from its arrival.
     """
 
-    def __call__(
-        self, model_name: str, inputs: Sequence[Any], probabilities: Sequence[Sequence[float]] | None, latency_ms: float
-    ) -> None: ...
+    model_name: str
+    inputs: Sequence[Any]
+    ids: Sequence[str]
+    lengths: Sequence[int]
+    answers: Sequence[Answer]
+    latency_ms: float
+
+
+#: What monitoring is: it is told of every request that was answered, and must return quickly.
+Observer = Callable[[Answered], None]
 
 
 @dataclass
@@ -50,6 +60,8 @@ class State:
     compute: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-compute"))
     checks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-check"))
     checking: bool = False
+    #: What the parts want done at the end, in their order.
+    closing: list[Callable[[], None]] = field(default_factory=list)
 
     def stop(self) -> None:
         """Answer what is under way, refuse what comes now. Long answers end when they see `stopping`."""
@@ -62,17 +74,17 @@ class State:
         return self.stopping.is_set() and (self.in_flight == 0 or time.monotonic() >= self.stop_by)
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the parts and the threads end."""
+        for close in self.closing:
+            close()
         for threads in (self.prepare, self.compute, self.checks):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def observe(
-        self, model_name: str, inputs: Sequence[Any], probabilities: Sequence[Sequence[float]] | None, latency_ms: float
-    ) -> None:
+    def observe(self, answered: Answered) -> None:
         """Tell every observer; one that fails is logged and counted, and spoils no answer."""
         for observer in self.observers:
             try:
-                observer(model_name, inputs, probabilities, latency_ms)
+                observer(answered)
             except Exception:
                 self.metrics.observer_failures.inc()
                 logger.exception("an observer of predictions failed")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pykd.errors import ArtifactError
 from pykd.models.adapter import logits
+from pykd.monitoring import HeadInputs
 from pykd.serve.predictors import Answer, Input, classify
 
 WORD = re.compile(r"\S+")
@@ -53,6 +54,7 @@ class TextClassifier:
     ) -> None:
         self.model, self.labels = model, labels
         self.reader = _Reader(model, tokenizer, max_tokens, name)
+        self.head = HeadInputs(model)
         config: Any = getattr(model, "config", None)
         self.independent = getattr(config, "problem_type", None) == "multi_label_classification"
 
@@ -63,7 +65,7 @@ class TextClassifier:
 
     def compute(self, inputs: list[Input]) -> list[Answer]:
         batch = self.reader.pad_together([one.content for one in inputs])
-        return classify(self.model, batch, independent=self.independent)
+        return classify(self.model, batch, self.head, independent=self.independent)
 
 
 class Words(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pykd import from_pretrained
 from pykd.serve import decode_labels
 from pykd.serve.batching import Batcher
 from pykd.serve.labels import MEDIA_TYPE
+from pykd.serve.state import Answered
 
 from .conftest import TEXTS, ask, client_of, predict
 
@@ -195,16 +196,18 @@ def test_a_full_queue_is_429_and_a_slow_model_504(make_app: Make) -> None:
 def test_observers_see_every_answer_and_spoil_none(make_app: Make) -> None:
     app, seen = make_app("text", "tags"), []
 
-    def observe(model_name: str, inputs: Sequence[Any], probabilities: Any, latency_ms: float) -> None:
-        seen.append((model_name, list(inputs), probabilities, latency_ms))
+    def observe(answered: Answered) -> None:
+        seen.append(answered)
         raise RuntimeError("the monitor is broken")
 
     app.state.pykd.observers.append(observe)
     said = predict(app, text=["music", "plays"], model="text").json()
     predict(app, text="music", model="tags")
-    assert [each[:2] for each in seen] == [("text", ["music", "plays"]), ("tags", ["music"])]
-    assert seen[0][3] == said["latency_ms"] and seen[1][2] is None
-    assert [max(row) for row in seen[0][2]] == [each["score"] for each in said["predictions"]]
+    assert [(each.model_name, each.inputs) for each in seen] == [("text", ["music", "plays"]), ("tags", ["music"])]
+    assert seen[0].latency_ms == said["latency_ms"] and seen[1].answers[0].probabilities is None
+    assert [max(one.probabilities) for one in seen[0].answers] == [each["score"] for each in said["predictions"]]
+    assert list(seen[0].ids) == [each["id"] for each in said["predictions"]] and seen[0].lengths == [3, 3]
+    assert seen[0].answers[0].vector.shape == (64,)
     assert "pykd_observer_failures_total 2.0" in ask(app, "GET", "/metrics").text
 
 

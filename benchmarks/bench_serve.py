@@ -6,9 +6,8 @@
 The model has a real architecture (BERT, 12x768, cut to 6x768 by `derive`) and random weights, which decide what it says
 and not how long that takes, in the forms of `FORMS`. It is saved, and served by a real `pykd serve` on loopback. The
 generator is a process of its own and open-loop: requests leave at the times drawn before, whether or not earlier ones
-are answered, and a latency counts from the time drawn, so a generator or service that falls behind shows. All processes
-together have two cores. Lengths are those of the Debian texts cut at 128 tokens (`--data`; without it, of the extract
-that the tests use), and in a second run every text has 128.
+are answered (`open_loop.py`). All processes together have two cores. Lengths are those of the Debian texts cut at 128
+tokens (`--data`; without it, of the extract that the tests use), and in a second run every text has 128.
 
 The columns after the percentiles say what limits it: the mean of texts computed together, the share of the time in
 which a batch is computed, processor seconds a second of service and generator, the latency of one request at a time.
@@ -18,7 +17,6 @@ PYKD_BENCH=small, or pytest on the smallest shapes: a narrow model for two secon
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import csv
 import json
@@ -35,6 +33,8 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from open_loop import arrivals, percentile, run_generator
 
 SMALL = os.environ.get("PYKD_BENCH") == "small"
 EXTRACT = Path(__file__).parents[1] / "tests" / "data_files" / "debian_sections.csv"
@@ -130,13 +130,13 @@ def of_full_length(texts: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def service(model: Path, options: Sequence[str]) -> Iterator[tuple[str, int]]:
+def service(model: Path, options: Sequence[str], environment: dict[str, str]) -> Iterator[tuple[str, int]]:
     """(URL, process id) of a `pykd serve` of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pykd", "serve", str(model), "--port", str(port), *options]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "passive"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -148,61 +148,6 @@ def service(model: Path, options: Sequence[str]) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-def arrivals(rate: float, seconds: float, seed: int, spacing: str) -> list[float]:
-    """Times at which requests leave: a Poisson process, or all equally far apart."""
-    if spacing == "fixed":
-        return [number / rate for number in range(round(rate * seconds))]
-    draw, times = random.Random(seed), [0.0]
-    while times[-1] < seconds:
-        times.append(times[-1] + draw.expovariate(rate))
-    return times[:-1]
-
-
-async def generate(url: str, texts: Sequence[str], times: Sequence[float]) -> Row:
-    """Send a text at each of the times; latencies from those times, errors, and the time it all took."""
-    import aiohttp
-
-    latencies, errors = list[float](), list[str]()
-    bodies = [json.dumps({"text": texts[number % len(texts)]}).encode() for number in range(len(times))]
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-
-        async def one(body: bytes, due: float) -> None:
-            try:
-                async with session.post(
-                    f"{url}/predict", data=body, headers={"Content-Type": "application/json"}
-                ) as answer:
-                    await answer.read()
-                    if answer.status != 200:
-                        errors.append(str(answer.status))
-                        return
-            except (aiohttp.ClientError, asyncio.TimeoutError) as error:
-                errors.append(type(error).__name__)
-                return
-            latencies.append(1000 * (time.perf_counter() - due))
-
-        started, tasks = time.perf_counter() + 0.05, []
-        for body, due in zip(bodies, times, strict=True):
-            await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
-            tasks.append(asyncio.create_task(one(body, started + due)))
-        sending_s = time.perf_counter() - started
-        await asyncio.gather(*tasks)
-        took_s = time.perf_counter() - started
-    cpu_s = time.process_time()
-    return {"latencies": latencies, "errors": errors, "sending_s": sending_s, "took_s": took_s, "cpu_s": cpu_s}
-
-
-def run_generator(url: str, texts: Sequence[str], times: Sequence[float]) -> Row:
-    """`generate` in a process of its own, so that it shares no interpreter with anything else."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump({"url": url, "texts": list(texts), "times": list(times)}, file)
-        file.flush()
-        done = subprocess.run(
-            [sys.executable, __file__, "--generate", file.name], check=True, stdout=subprocess.PIPE, text=True
-        )
-    found: Row = json.loads(done.stdout)
-    return found
 
 
 def scraped(url: str) -> dict[str, float]:
@@ -222,17 +167,12 @@ def cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that so large a share does not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
-
-
 def measure(form: str, lengths: str, model: Path, texts: Sequence[str], settings: argparse.Namespace) -> Row:
     """One service under the load of the settings."""
     options = ["--threads", str(settings.threads), "--batch-window-ms", str(settings.batch_window_ms)]
     options += ["--max-batch", str(settings.max_batch), "--max-tokens", str(MAX_TOKENS)]
-    with service(model, options) as (url, process):
+    environment = dict(pair.split("=", 1) for pair in settings.env)
+    with service(model, options, environment) as (url, process):
         slow = [number / 5 for number in range(10 if SMALL else 25)]
         alone = run_generator(url, texts, slow)  # so few that one never meets another; also warms up
         before, cpu = scraped(url), cpu_seconds(process)
@@ -300,20 +240,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
     parser.add_argument("--seconds", type=float, default=2.0 if SMALL else 20.0)
     parser.add_argument("--arrivals", choices=["exponential", "fixed"], default="exponential")
+    parser.add_argument("--env", nargs="*", default=["OMP_WAIT_POLICY=passive"], help="NAME=VALUE, for the service")
     parser.add_argument("--threads", type=int, default=2, help="that compute")
     parser.add_argument("--batch-window-ms", type=float, default=0.0)
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--generate", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     settings = parse(arguments)
-    if settings.generate is not None:
-        print(json.dumps(asyncio.run(generate(**json.loads(settings.generate.read_text())))))
-        return []
     rows = run(settings)
     if settings.json is not None:
         settings.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -327,5 +264,4 @@ def test_every_request_is_answered() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

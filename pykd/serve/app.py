@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import torch
 from fastapi import APIRouter, FastAPI, Request
@@ -77,7 +78,24 @@ def create_app(settings: Settings) -> FastAPI:
     for part in PARTS:
         app.include_router(part(state), responses=described)
     _handle_errors(app, state)
+    if settings.token is not None:
+        _describe_token(app, state)
     return app
+
+
+def _describe_token(app: FastAPI, state: State) -> None:
+    """Say in the description which paths want the token."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        content = described()
+        content["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        for path, operations in content["paths"].items():
+            for operation in operations.values():
+                operation["security"] = [] if path in state.public else [{"token": []}]
+        return content
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _handle_errors(app: FastAPI, state: State) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pykd.errors import ArtifactError
+from pykd.io.manifest import MANIFEST, read_manifest
 from pykd.io.save import CONFIG, WEIGHTS
 
 INDEX = f"{WEIGHTS}.index.json"
+#: With this file transformers loads the model that it names.
+ADAPTER = "adapter_config.json"
 
 
 class OutsideRootsError(ValueError):
@@ -47,6 +50,12 @@ def check_folder(folder: Path, roots: Sequence[Path] | None = None) -> None:
                 below_roots(str(file), roots)
             except OutsideRootsError:
                 raise ArtifactError(f"{file.name} in {folder.name} leads out of the allowed folders") from None
+    if (folder / ADAPTER).exists():
+        raise ArtifactError(f"{folder.name} holds an adapter, whose model lies elsewhere: merge the two and save that")
+    if (folder / MANIFEST).exists():
+        for name in read_manifest(folder)["files"]:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ArtifactError(f"{MANIFEST} of {folder.name} names {name!r}, which lies outside")
     if not (folder / CONFIG).is_file():
         raise ArtifactError(f"{folder.name} holds no {CONFIG}, so it is no saved model")
     if (folder / WEIGHTS).is_file():

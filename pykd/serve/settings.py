@@ -49,7 +49,7 @@ class Settings:
     offline: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     max_body_bytes: int = 8 << 20
     max_inputs: int = 64
     max_text_chars: int = 20_000

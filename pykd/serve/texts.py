@@ -34,6 +34,11 @@ class _Reader:
         self.backend.enable_truncation(self.max_tokens)
         self.pad = int(tokenizer.pad_token_id or 0)
 
+    def read(self, texts: Sequence[str]) -> list[Input]:
+        """Token numbers of each text; one without any token (blanks) is read as padding."""
+        rows = [one.ids or [self.pad] for one in self.backend.encode_batch_fast(list(texts))]
+        return [Input(len(row), row) for row in rows]
+
     def pad_together(self, rows: list[list[int]]) -> dict[str, Tensor]:
         """Token numbers as one tensor; with a mask only where there is padding, which costs time."""
         longest = max(map(len, rows))
@@ -59,9 +64,7 @@ class TextClassifier:
         self.independent = getattr(config, "problem_type", None) == "multi_label_classification"
 
     def prepare(self, inputs: Sequence[str]) -> list[Input]:
-        # A text without any token (blanks) is read as padding.
-        rows = [one.ids or [self.reader.pad] for one in self.reader.backend.encode_batch_fast(list(inputs))]
-        return [Input(len(row), row) for row in rows]
+        return self.reader.read(inputs)
 
     def compute(self, inputs: list[Input]) -> list[Answer]:
         batch = self.reader.pad_together([one.content for one in inputs])
@@ -156,8 +159,7 @@ class TextGenerator:
         self.reader = _Reader(model, tokenizer, max_tokens, name)
 
     def prepare(self, inputs: Sequence[str]) -> list[Input]:
-        rows = [one.ids or [self.reader.pad] for one in self.reader.backend.encode_batch_fast(list(inputs))]
-        return [Input(len(row), row) for row in rows]
+        return self.reader.read(inputs)
 
     def compute(self, inputs: list[Input]) -> list[Answer]:
         batch = self.reader.pad_together([one.content for one in inputs])

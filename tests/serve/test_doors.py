@@ -25,7 +25,9 @@ def test_with_a_token_everything_but_health_demands_it(make_app: Make) -> None:
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
             assert answer.json()["detail"] == "send the token: Authorization: Bearer TOKEN"
     allowed = ask(app, "GET", "/models", headers={"Authorization": f"Bearer {TOKEN}", "Host": "models.example.org"})
-    assert allowed.status_code == 200
+    assert allowed.status_code == 200 and TOKEN not in repr(app.state.pykd)
+    paths = app.openapi()["paths"]
+    assert paths["/predict"]["post"]["security"] == [{"token": []}] and paths["/healthz"]["get"]["security"] == []
 
 
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "[::1]", "LOCALHOST"])

@@ -68,6 +68,17 @@ def test_weights_are_safetensors(root: Path) -> None:
     check_folder(model, [root])
 
 
+def test_a_folder_that_speaks_of_files_elsewhere_is_refused(root: Path) -> None:
+    model = root / "model"
+    for name in ("../../outside/secret", "/etc/passwd"):
+        (model / "pykd_manifest.json").write_text(json.dumps({"format_version": 1, "files": {name: {}}}))
+        with pytest.raises(ArtifactError, match=f"of model names '{name}', which lies outside"):
+            check_folder(model)
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
+    with pytest.raises(ArtifactError, match="model holds an adapter, whose model lies elsewhere"):
+        check_folder(model)
+
+
 def test_files_that_lead_out_of_the_roots_are_refused(root: Path) -> None:
     model = root / "model"
     (model / "config.json").write_text("{}")

@@ -94,7 +94,7 @@ def compress_to(
         teacher: what training follows; the model itself by default.
         depths, prunings, schemes: what is combined. depths: numbers of layers, None for all; prunings: (method,
             sparsity), None for none; schemes: None for none. By default what fits the kind of model.
-        embeddings, method, group_size: as for `quantize`, in candidates with a scheme.
+        embeddings, method, group_size: as for `quantize`, in candidates with a scheme; the method chooses 4-bit codes.
         epochs, training: of `distill`, such as lr, batch_size, temperature; 0 epochs trains nothing. loss: its options
             whose names are taken here, {"method": ...}.
         max_candidates, max_seconds: how many are evaluated, and for how long new ones are begun.

@@ -21,6 +21,7 @@ from pykd.evaluation.latency import measure_latency
 from pykd.io.files import atomic_write
 from pykd.io.load import from_pretrained
 from pykd.io.save import save_pretrained
+from pykd.nn.linear_4bit import is_4bit
 from pykd.pipeline.candidates import Candidate, build
 from pykd.pipeline.target import Point
 from pykd.quantization import quantize
@@ -126,7 +127,8 @@ class Search:
     def _quantized(self, made: nn.Module, candidate: Candidate) -> nn.Module:
         made = copy.deepcopy(made).eval()
         if candidate.scheme is not None:
-            quantize(made, candidate.scheme, data=self.data, seed=self.seed, **self.quantization)
+            options = self.quantization | ({} if is_4bit(candidate.scheme) else {"method": "rtn"})
+            quantize(made, candidate.scheme, data=self.data, seed=self.seed, **options)
         return made
 
     def _write(self) -> None:

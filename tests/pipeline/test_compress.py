@@ -63,6 +63,15 @@ SMALL: dict[str, Any] = {
 }
 
 
+def test_a_method_chooses_the_codes_of_4_bit_candidates_alone(trained: nn.Module) -> None:
+    one: dict[str, Any] = {"depths": [None], "prunings": [None], "latency_rounds": 2, "group_size": 32}
+    found = compress_to(trained, {"ratio": 1.5}, texts(), schemes=["w8a8", "w4a16"], method="gptq", **one)
+    assert found.skipped == {} and {each.candidate.scheme for each in found.measured} == {"w8a8", "w4a16"}
+    report: Any = found.model.pykd_report
+    methods = {entry["method"] for entry in report if entry["stage"] == "quantize"}
+    assert methods == {"gptq" if found.best.candidate.scheme == "w4a16" else "rtn"}
+
+
 def test_size_and_quality_together(trained: nn.Module, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     target = {"ratio": 3.0, "max_metric_drop": 0.05}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pykd.calibration import Batch, Data, calibration_batches
+from pykd.calibration import Batch, Data, Inputs, calibrate, calibration_batches
 from pykd.evaluation.latency import device_of, evaluating
 from pykd.models.adapter import logits, move
 from pykd.nn import CompressedModule
@@ -85,7 +85,8 @@ def assign_bits(
 
     Args:
         data: examples as for `quantize`; samples: how many; batch_size, seed: of a DataBundle. Labels are not used.
-        candidates: names of schemes, all but "w8a8_static", which needs calibration of its own.
+        candidates: names of schemes. "w8a8_static" is measured under ranges that these examples show each layer of the
+            unquantized model ("minmax"); layers that they never reach are then left out.
         bits: the budget as bits per weight of the layers, scales and zero points counted; or size_bytes, their bytes.
         group_size, symmetric, include, exclude: as for `quantize`.
 
@@ -102,9 +103,13 @@ def assign_bits(
     drawn = calibration_batches(data, samples=samples, batch_size=batch_size, seed=seed)
     batches = [move(batch, device_of(model)) for batch in drawn]
     names = list(select_layers(model, (*LINEAR, *transposed(), *CONVOLUTION), include=include, exclude=exclude).chosen)
+    inputs: dict[str, Inputs] = {}
+    if STATIC in candidates:
+        calibrate(model, names, batches, inputs.__setitem__, hessian=False, sample=True)
+        names = [name for name in names if name in inputs]
     packers = {scheme: packer(scheme, Options("rtn", group_size, symmetric, "minmax", False)) for scheme in candidates}
     with evaluating(model):
-        probe = _Probe(model, batches, packers)
+        probe = _Probe(model, batches, packers, inputs)
         sizes = {name: probe.sizes(name) for name in names}
         weights = sum(as_dense(model.get_submodule(name)).weight.numel() for name in names)
         budget = int(bits * weights / 8) if bits is not None else int(size_bytes or 0)
@@ -183,12 +188,18 @@ def _total(sizes: Mapping[str, Mapping[str, int]], chosen: Mapping[str, str]) ->
 class _Probe:
     """Packs layers for a measurement and puts the dense ones back."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], packers: Mapping[str, Packer]) -> None:
-        self.model, self.batches, self.packers = model, batches, packers
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        packers: Mapping[str, Packer],
+        inputs: Mapping[str, Inputs],
+    ) -> None:
+        self.model, self.batches, self.packers, self.inputs = model, batches, packers, inputs
         self.exact = self._outputs()
 
     def packed(self, name: str, scheme: str) -> CompressedModule:
-        return self.packers[scheme].pack(as_dense(self.model.get_submodule(name)), None)
+        return self.packers[scheme].pack(as_dense(self.model.get_submodule(name)), self.inputs.get(name))
 
     def sizes(self, name: str) -> dict[str, int]:
         return {scheme: stored_bytes(self.packed(name, scheme)) for scheme in self.packers}
@@ -213,7 +224,7 @@ class _Probe:
 
 
 def check_candidates(candidates: Sequence[str]) -> None:
-    """Raise ValueError unless these are names of schemes that need no calibration.
+    """Raise ValueError unless these are names of schemes.
 
     >>> check_candidates(["w4a16", "bf16"])
     """
@@ -221,8 +232,8 @@ def check_candidates(candidates: Sequence[str]) -> None:
         raise ValueError("candidates names no scheme: give two or more, such as ('w4a16', 'w8a16')")
     for scheme in candidates:
         check_method(scheme, "rtn")
-        if not isinstance(scheme, str) or scheme == STATIC:
-            raise ValueError(f"candidates are names of schemes that need no calibration, got {scheme!r}")
+        if not isinstance(scheme, str):
+            raise ValueError(f"candidates are names of schemes, such as 'w4a16', got {scheme!r}")
 
 
 def _check(candidates: Sequence[str], bits: float | None, size_bytes: int | None, group_size: int | None) -> None:

@@ -288,7 +288,10 @@ def test_gradual_pruning_is_a_part_of_a_training() -> None:
             r"unknown method of gradual pruning 'movment': did you mean 'movement'",
         ),
         ("distill={gradual: {sparsty: 0.5}}", r"unknown key 'sparsty': did you mean 'sparsity'"),
-        ("qat={gradual: {}}", r"stages\[0\]\.qat does not prune meanwhile: put gradual under recover"),
+        (
+            "compress_to={ratio: 2, gradual: {}}",
+            r"stages\[0\]\.compress_to does not prune meanwhile: put gradual under recover",
+        ),
     ):
         stage = GOOD if setting.startswith("distill") else {**GOOD, "stages": [{}]}
         with pytest.raises(RecipeError, match=sentence):

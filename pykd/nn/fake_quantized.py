@@ -72,8 +72,8 @@ class FakeQuantized(nn.Module, abc.ABC):
     the scales in force. 8-bit schemes take a scale per row from the weight in every pass.
 
     Attributes:
-        kept: bool like the weight, for a layer that was stored sparse: the weights that training may change; the others
-            stay exactly zero. Else None.
+        kept: bool like the weight, for a layer that was stored sparse or is pruned meanwhile: the weights that training
+            may change; the others stay exactly zero. Else None.
     """
 
     weight: Tensor
@@ -133,6 +133,11 @@ class FakeQuantized(nn.Module, abc.ABC):
     @abc.abstractmethod
     def convert(self) -> CompressedModule:
         """The packed layer."""
+
+    @property
+    def mask(self) -> Tensor:
+        """bool like the weight: what training may change."""
+        return torch.ones_like(self.weight, dtype=torch.bool) if self.kept is None else self.kept
 
     @property
     def rounds_inputs(self) -> bool:

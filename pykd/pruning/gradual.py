@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pykd.errors import nearest
+from pykd.nn.fake_quantized import FakeQuantized, QATConv2d, QATLinear
 from pykd.nn.importance import Block, Pattern, magnitude, mask_of_pattern
 from pykd.nn.masked import Masked, MaskedConv2d, MaskedLinear
 from pykd.nn.selection import as_linear, replace_layer
@@ -41,7 +42,8 @@ class Gradual:
 
     Every ``every`` steps the masks follow the scores as they are then, with the sparsity of `cubic_sparsity` between
     the shares ``begin`` and ``end`` of all steps; from ``end`` on the masks stay and the rest recovers. Masked weights
-    get no gradient. At the end of the training layers become SparseLinear and SparseConv2d, as after `prune`. A guard
+    get no gradient. At the end of the training layers become SparseLinear and SparseConv2d, as after `prune`; between
+    `prepare_qat` and `convert_qat` the layers stay what they are, and are packed without what went. A guard
     compares only models of the final sparsity: before ``end`` it holds the newest state, should training diverge.
 
     method: "magnitude", "random": what went never returns. "movement": scores learn beside the weights (Sanh et al.
@@ -96,17 +98,29 @@ class Gradual:
         return asdict(self)
 
     def attach(self, model: nn.Module) -> None:
-        """Put maskable layers in the place of those that `prune` would choose."""
-        request = self.request
-        chosen = select_weights(model, include=self.include, exclude=self.exclude, pattern=request.pattern).chosen
+        """Put maskable layers in the place of those that `prune` would choose; those that `prepare_qat` made get masks.
+
+        Raises ValueError for movement on the latter.
+        """
+        names: dict[str, Any] = {"include": self.include, "exclude": self.exclude, "pattern": self.request.pattern}
+        chosen = select_weights(model, **names, others=(QATLinear, QATConv2d)).chosen
+        rounded = [layer for layer in chosen.values() if isinstance(layer, FakeQuantized)]
+        if rounded and self.method == "movement":
+            raise ValueError(
+                "method 'movement' learns scores beside the weights, for which layers of quantization-aware training "
+                "have no place: take 'magnitude', or prune before prepare_qat"
+            )
         for layer in chosen.values():
-            replace_layer(model, layer, _masked(layer, learn_scores=self.method == "movement"))
+            if isinstance(layer, FakeQuantized):
+                layer.kept = torch.ones_like(layer.weight, dtype=torch.bool) if layer.kept is None else layer.kept
+            else:
+                replace_layer(model, layer, _masked(layer, learn_scores=self.method == "movement"))
 
     @torch.no_grad()
     def step(self, model: nn.Module, number: int, total: int) -> dict[str, float]:
         """Set the masks of step ``number`` when they are due; the sparsity of all maskable layers together."""
         first, last = round(self.begin * total), self._last(total)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, Masked)}
+        layers = _maskable(model)
         if number == last or (first <= number < last and (number - first) % self.every == 0):
             progress = (number - first) / (last - first) if last > first else 1.0
             share = cubic_sparsity(progress, initial=self.initial, final=self.request.sparsity)
@@ -130,10 +144,16 @@ class Gradual:
         return min(round(self.end * total), total - 1)
 
     def detach(self, model: nn.Module) -> None:
-        """Make the maskable layers sparse, or dense again where nothing went; in ``pykd_report`` if anything went."""
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, Masked)}
+        """Make the maskable layers sparse, or dense again where nothing went; in ``pykd_report`` if anything went.
+
+        Layers of quantization-aware training keep their masks until `convert_qat` packs them.
+        """
+        layers = _maskable(model)
         pruned = {name: layer for name, layer in layers.items() if not bool(layer.mask.all())}
         for layer in layers.values():
+            if isinstance(layer, FakeQuantized):
+                layer.kept = layer.kept if layer in pruned.values() else None
+                continue
             layer.scores = None  # they have done their work, and are no weights to be counted
             if layer not in pruned.values():
                 replace_layer(model, layer, _converted(layer).to_dense())
@@ -145,12 +165,15 @@ class Gradual:
             facts.update(changed={}, skipped=skipped)
             for name, layer in pruned.items():
                 facts["changed"][name] = {"sparsity": round(1 - layer.mask.float().mean().item(), 4)}
-                replace_layer(model, layer, _converted(layer))
+                if isinstance(layer, Masked):
+                    replace_layer(model, layer, _converted(layer))
+                else:
+                    layer._pruned()
 
-    def _scores(self, name: str, layer: Masked) -> Tensor:
+    def _scores(self, name: str, layer: Masked | FakeQuantized) -> Tensor:
         """Scores of a weight matrix; below all others where a weight is gone for good."""
         weight = layer.weight.detach().flatten(1)
-        if layer.scores is not None:
+        if isinstance(layer, Masked) and layer.scores is not None:
             return layer.scores.detach().float().flatten(1).masked_fill(weight == 0, -torch.inf)
         if self.method == "random":
             scores = random_scores(weight, seed=self.seed + zlib.crc32(name.encode()))
@@ -165,6 +188,15 @@ class Gradual:
                 scores[name] = matrix.masked_fill(mask_of_pattern(matrix, request.pattern), torch.inf)
         now = Request(share, scope=self.scope)
         return masks_of(scores, now, scope=self.scope or "global")
+
+
+def _maskable(model: nn.Module) -> dict[str, Masked | FakeQuantized]:
+    """The layers that were attached to, by name."""
+    found: dict[str, Masked | FakeQuantized] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Masked) or (isinstance(module, FakeQuantized) and module.kept is not None):
+            found[name] = module
+    return found
 
 
 def _masked(layer: nn.Module, *, learn_scores: bool) -> MaskedLinear | MaskedConv2d:

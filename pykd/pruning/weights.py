@@ -34,13 +34,15 @@ def select_weights(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     pattern: Pattern | Block | None = None,
+    others: tuple[type[nn.Module], ...] = (),
 ) -> Selection:
-    """The layers whose weights may go, in module order.
+    """The layers whose weights may go, in module order; ``others``: classes of layers beside the usual ones.
 
     By default those of a transformer's attention and feed-forward blocks, so neither embeddings nor poolers nor heads,
     and of other networks all but the output head. Layers whose rows a pattern does not divide are left out.
     """
-    selection = select_layers(model, (*LINEAR, *CONVOLUTION, *transposed()), include=include, exclude=exclude)
+    kinds = (*LINEAR, *CONVOLUTION, *transposed(), *others)
+    selection = select_layers(model, kinds, include=include, exclude=exclude)
     stacks = tuple(f"{name}." for name in layer_stacks(model))
     for name in list(selection.chosen):
         columns = matrix_of(selection.chosen[name]).shape[1]

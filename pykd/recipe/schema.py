@@ -322,7 +322,7 @@ class Recipe(Section):
         if self.study is not None and [stage.kind for stage in self.stages] != ["chain"]:
             raise ValueError("study ranks the students of a chain: it goes with a single stage, `chain`")
         for index, stage in enumerate(self.stages):
-            if stage.kind in ("chain", "qat") and getattr(stage.settings, "gradual", None) is not None:
+            if stage.kind in ("chain", "compress_to") and getattr(stage.settings, "gradual", None) is not None:
                 raise ValueError(f"stages[{index}].{stage.kind} does not prune meanwhile: put gradual under recover")
             if stage.kind == "distill" and self.student is None:
                 raise ValueError(f"stages[{index}].distill needs a student: add one, or use recover to fine-tune")

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pykd import distill, finetune
+from pykd import convert_qat, distill, finetune, prepare_qat
 from pykd.data.bundle import DataBundle
 from pykd.errors import ArtifactError
+from pykd.nn.fake_quantized import QATLinear
 from pykd.nn.masked import Masked, MaskedConv2d, MaskedLinear
 from pykd.nn.sparse_conv import SparseConv2d
 from pykd.nn.sparse_linear import SparseLinear
@@ -215,6 +216,41 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_it_refuses(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Gradual(**options)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8", "bf16"])
+def test_rounded_layers_are_pruned_meanwhile(scheme: str) -> None:
+    """Quantization-aware training of a model whose weights go: what is packed computes as what was trained."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(6, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 3))
+    model = prepare_qat(wide, scheme, group_size=32)
+    assert isinstance(model[0], QATLinear) and isinstance(model[2], QATLinear)
+    gradual = Gradual(sparsity=0.75, every=1)
+    history = fit(model, killed.bundle(), quiet, TrainConfig(max_steps=12, batch_size=8), prune=gradual, progress=False)
+    course = [record["sparsity"] for record in history.records]
+    assert course == sorted(course) and course[-1] == pytest.approx(0.75, abs=1e-3)
+    x = torch.randn(5, 6)
+    with torch.no_grad():
+        want = model.eval()(x)
+        found = convert_qat(model)(x)
+    packed: Any = model[2]
+    gone = sum(int((layer.weight == 0).sum()) for layer in (model[0], packed))
+    assert gone >= 0.75 * (6 * 128 + 128 * 64) - 1 and packed.nnz is not None
+    assert (found - want).norm() <= 0.02 * want.norm()  # a rounded activation may fall to the other side
+    assert [entry["stage"] for entry in model.pykd_report] == ["prepare_qat", "prune", "quantize"]
+
+
+def test_movement_does_not_go_with_rounded_layers_and_what_loses_nothing_has_no_mask() -> None:
+    torch.manual_seed(0)
+    model = prepare_qat(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)))
+    with pytest.raises(ValueError, match="layers of quantization-aware training have no place: take 'magnitude'"):
+        Gradual("movement").attach(model)
+    layer: Any = model[0]
+    assert layer.kept is None and bool(layer.mask.all())
+    gradual = Gradual()
+    gradual.attach(model)
+    gradual.detach(model)
+    assert layer.kept is None and [entry["stage"] for entry in model.pykd_report] == ["prepare_qat"]
 
 
 # Under a guard.

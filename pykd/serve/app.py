@@ -36,6 +36,7 @@ from pykd.errors import PykdError
 from pykd.serve import jobs_api, metrics, models, monitoring_api, page, predict
 from pykd.serve.batching import QueueFullError
 from pykd.serve.doors import REFUSALS, Doors, Problem
+from pykd.serve.hold import hold
 from pykd.serve.served import load_models
 from pykd.serve.settings import Settings
 from pykd.serve.state import State
@@ -51,9 +52,12 @@ PARTS: tuple[Callable[[State], APIRouter], ...] = (
 def create_app(settings: Settings) -> FastAPI:
     """The service with its models loaded; its `State` is `app.state.pykd`.
 
-    Raises ArtifactError, ModelLoadError or ValueError for a model that cannot be served, with the reason.
+    Raises ArtifactError, ModelLoadError or ValueError for a model that cannot be served, with the reason, and
+    ArtifactError for a state folder that another service holds.
     """
     state = State(settings)
+    if settings.state is not None:
+        state.closing.append(hold(settings.state))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
         state.compute.submit(torch.set_num_threads, settings.threads).result()  # OpenMP counts for each thread

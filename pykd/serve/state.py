@@ -60,7 +60,7 @@ class State:
     compute: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-compute"))
     checks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-check"))
     checking: bool = False
-    #: What the parts want done at the end, in their order.
+    #: What the parts want done at the end, the last first.
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     def stop(self) -> None:
@@ -75,8 +75,8 @@ class State:
 
     def close(self) -> None:
         """Let the parts and the threads end."""
-        for close in self.closing:
-            close()
+        while self.closing:
+            self.closing.pop()()
         for threads in (self.prepare, self.compute, self.checks):
             threads.shutdown(wait=False, cancel_futures=True)
 

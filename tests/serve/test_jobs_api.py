@@ -51,6 +51,12 @@ def app(tmp_path: Path, recipes: Path) -> Iterator[FastAPI]:
     made.state.pykd.close()
 
 
+def restarted(app: FastAPI) -> FastAPI:
+    """The same service after it was stopped and started."""
+    app.state.pykd.close()
+    return create_app(app.state.pykd.settings)
+
+
 def write_record(folder: Path, **values: Any) -> None:
     """A job as an earlier service left it."""
     record = {"format_version": 1, "id": ID, "recipe": "tiny.yaml", "file": "tiny.yaml", "verb": "run", "overrides": []}
@@ -116,7 +122,7 @@ def test_reports_are_found_by_the_name_of_their_run(app: FastAPI, tmp_path: Path
         folder.mkdir(parents=True)
         (folder / "run.json").write_text(json.dumps({"name": name, "finished": True, "started": name}))
         (folder / "report.html").write_text(f"<html>{name}")
-    other = create_app(app.state.pykd.settings)
+    other = restarted(app)
     for query, want in (("", "tiny"), ("?run=tiny", "tiny"), ("?run=next", "next")):
         page = ask(other, "GET", f"/report/{ID}{query}")
         assert page.text == f"<html>{want}"
@@ -144,7 +150,7 @@ def test_unknown_jobs(app: FastAPI, id: str) -> None:
 def test_all_places_taken(app: FastAPI, tmp_path: Path) -> None:
     # The first process of the machine: one that runs, and is none of ours.
     write_record(tmp_path, status="running", pid=1, pid_started=_started(1))
-    other = create_app(app.state.pykd.settings)
+    other = restarted(app)
     answer = ask(other, "POST", "/jobs", json={"recipe": "tiny.yaml"})
     assert answer.status_code == 429 and answer.headers["retry-after"] == "30", answer.text
     assert ask(other, "POST", f"/jobs/{ID}/resume").status_code == 409

@@ -1,0 +1,70 @@
+"""`/feedback`, `/monitoring` and what `/metrics` says of both, behind real predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+
+from pykd.errors import ArtifactError
+from pykd.monitoring import Thresholds
+from pykd.serve import Settings
+from pykd.serve.app import create_app
+from pykd.serve.labels import MEDIA_TYPE
+
+from .conftest import ask, predict
+
+THRESHOLDS = Thresholds(window=60, minimum=40, minimum_labels=4, accuracy=0.6)
+SHORT, LONG = ["plays music", "plays", "images", "the network"], ["the network daemon that answers every request"]
+
+
+@pytest.fixture
+def app(tmp_path: Path, folders: dict[str, Path]) -> Iterator[FastAPI]:
+    models = (f"words={folders['text']}", f"tags={folders['tags']}")
+    made = create_app(Settings(models=models, state=tmp_path / "state", thresholds=THRESHOLDS))
+    yield made
+    made.state.pykd.close()
+
+
+def test_shifted_texts_raise_the_alarm_and_others_do_not(app: FastAPI) -> None:
+    for _ in range(3):
+        assert predict(app, model="words", text=SHORT * 10).status_code == 200
+    predict(app, model="tags", text=LONG)
+    calm = ask(app, "GET", "/monitoring").json()["models"]
+    assert list(calm) == ["words"] and calm["words"]["alarms"] == [] and calm["words"]["baseline_rows"] == 60
+    assert {"confidence", "length", "embedding_distance"} <= {found["quantity"] for found in calm["words"]["drift"]}
+    for _ in range(3):
+        predict(app, model="words", text=LONG * 40)
+    alarms = ask(app, "GET", "/monitoring").json()["models"]["words"]["alarms"]
+    assert any(alarm.startswith("length has shifted: PSI") for alarm in alarms)
+    text = ask(app, "GET", "/metrics").text
+    assert f'pykd_alarms{{model="words"}} {len(alarms)}.0' in text
+
+
+def test_true_labels_come_by_the_id_of_the_prediction(app: FastAPI) -> None:
+    said = predict(app, model="words", text=SHORT).json()["predictions"]
+    labels = [{"id": said[0]["id"], "label": said[0]["label"]}]
+    labels += [{"id": each["id"], "label": "none of these"} for each in said[1:]]
+    answer = ask(app, "POST", "/feedback", json={"labels": [*labels, {"id": "unknown", "label": "x"}]})
+    taken, unknown = answer.json()["taken"], answer.json()["unknown"]
+    assert unknown == ["unknown"] and [each["correct"] for each in taken] == [True, False, False, False]
+    assert taken[-1]["accuracy"] == 0.25
+    assert taken[-1]["alarms"] == ["accuracy has fallen to 0.2500, below 0.6, over 4 labels"]
+    assert 'pykd_rolling_accuracy{model="words"} 0.25' in ask(app, "GET", "/metrics").text
+    packed = predict(app, {"Accept": MEDIA_TYPE}, model="words", text=SHORT)
+    one = {"id": packed.headers["x-prediction-id"], "label": "sound"}
+    assert ask(app, "POST", "/feedback", json={"labels": [one]}).json()["unknown"] == []
+    assert ask(app, "POST", "/feedback", json={"labels": []}).status_code == 422
+
+
+def test_one_service_a_folder(app: FastAPI, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"state is in use by another service: stop it, or choose another --state"):
+        create_app(app.state.pykd.settings)
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"file cannot be used \(File exists\): choose another --state"):
+        create_app(Settings(state=tmp_path / "file"))
+    app.state.pykd.close()
+    again = create_app(app.state.pykd.settings)
+    again.state.pykd.close()

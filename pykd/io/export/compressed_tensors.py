@@ -63,6 +63,8 @@ def write(model: nn.Module, folder: Path, checked: Sequence[Any]) -> dict[str, A
         dense.generation_config.save_pretrained(folder)
     write_tensors(tensors, folder / WEIGHTS)
     notes = [f"dense: {', '.join(rest)}"] if rest else []
+    pruned = sum(layer.nnz is not None for layer in layers.values())
+    notes += [f"{pruned} pruned layers hold their zeros: the layout has no place for fewer codes"] if pruned else []
     embeddings = [n for n, m in model.named_modules() if isinstance(m, CompressedModule) and n not in layers]
     notes += [f"dequantized, because the layout has linear layers only: {', '.join(embeddings)}"] if embeddings else []
     return {"notes": notes, "check": _check(layers, folder / WEIGHTS, config.quantization_config)}

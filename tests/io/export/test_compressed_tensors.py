@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pykd
@@ -78,6 +78,15 @@ def test_the_configuration_says_the_scheme(tmp_path: Path) -> None:
     assert config["ignore"] == ["lm_head"]
     group = config["config_groups"]["group_0"]
     assert group["weights"]["num_bits"] == 8 and group["input_activations"]["strategy"] == "token"
+
+
+def test_pruned_layers_are_written_with_their_zeros_and_it_is_said(tmp_path: Path) -> None:
+    model = tiny_llama()
+    pykd.quantize(pykd.prune(model, pattern="2:4"), scheme="w8a8")
+    record = pykd.export(model, tmp_path / "model", format="compressed-tensors")
+    assert "7 pruned layers hold their zeros: the layout has no place for fewer codes" in record["notes"]
+    weight = load_file(tmp_path / "model" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert int((weight.view(-1, 4) == 0).sum(1).min()) == 2
 
 
 # Refusals.

@@ -308,6 +308,13 @@ def compress(
     epochs: Annotated[float, typer.Option(help="of training each candidate with the teacher, the model itself")] = 0.5,
     batch_size: Annotated[int, typer.Option(min=1, help="of that training")] = 32,
     lr: Annotated[float, typer.Option(help="of that training")] = 3e-4,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(help="of the linear layers, none for as they are; repeatable [none, w8a8, w4a16]"),
+    ] = None,
+    embeddings: Annotated[str, typer.Option(help="scheme of the embeddings beside a scheme, or none")] = "w8a16",
+    method: Annotated[str, typer.Option(help="how 4-bit codes are chosen: rtn, hqq, gptq or awq")] = "rtn",
+    group_size: Annotated[int, typer.Option(min=1, help="weights that share a scale in 4 bits")] = 64,
     max_candidates: Annotated[int, typer.Option(min=1, help="how many are evaluated")] = 12,
     max_seconds: Annotated[float | None, typer.Option(help="for how long new ones are begun")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -319,9 +326,12 @@ def compress(
 
     limits = {"size_mb": size_mb, "ratio": ratio, "latency_ms": latency_ms, "max_metric_drop": max_metric_drop}
     target = {name: value for name, value in limits.items() if value is not None}
-    training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    budget: dict[str, Any] = {"max_candidates": max_candidates, "max_seconds": max_seconds}
-    met, facts = compress_saved(model, output, target, recipe=recipe, overrides=settings or (), **training, **budget)
+    options: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    options |= {"max_candidates": max_candidates, "max_seconds": max_seconds, "method": method}
+    options |= {"embeddings": None if embeddings == "none" else embeddings, "group_size": group_size}
+    if scheme:
+        options["schemes"] = [None if name == "none" else name for name in scheme]
+    met, facts = compress_saved(model, output, target, recipe=recipe, overrides=settings or (), **options)
     _table(facts)
     if not met:
         raise typer.Exit(1)

@@ -228,9 +228,12 @@ def test_quantize_by_the_data_that_the_model_was_made_for(
 def test_compress_to_a_target_and_say_when_there_is_none(
     capsys: pytest.CaptureFixture[str], saved: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    words = ["compress", saved, tmp_path / "search", "--epochs", 0, "--max-candidates", 1]
+    words = ["compress", saved, tmp_path / "search", "--epochs", 0, "--max-candidates", 1, "--method", "hqq"]
+    words += ["--scheme", "w8a8", "--scheme", "w4a16", "--embeddings", "none", "--group-size", 32]
     out = success(capsys, *words, "--ratio", 2)
     assert "meets ratio 2" in out and (tmp_path / "search" / "report.html").exists()
+    settings = json.loads((tmp_path / "search" / "search.json").read_text())["settings"]["quantize"]
+    assert settings == {"embeddings": None, "group_size": 32, "method": "hqq"}
     assert "compress_to" in success(capsys, "verify", tmp_path / "search" / "model")
     assert cli.main([str(word) for word in (*words, "--size-mb", 0.0001)]) == 1
     assert "misses size_mb 0.0001" in capsys.readouterr().out

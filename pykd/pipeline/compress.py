@@ -108,6 +108,8 @@ def compress_to(
     >>> found = compress_to(model, {"ratio": 6, "max_metric_drop": 0.01}, data, epochs=0.5)  # doctest: +SKIP
     >>> found.met, found.sentence  # doctest: +SKIP
     """
+    from tqdm import tqdm
+
     goal = Target.of(target)
     if isinstance(max_candidates, bool) or not isinstance(max_candidates, int) or max_candidates < 1:
         raise ValueError(f"max_candidates is how many are evaluated, at least 1, got {max_candidates!r}")
@@ -122,7 +124,9 @@ def compress_to(
         search.bind()
         base = search.measure(Candidate(), rounds=latency_rounds)
         skipped: dict[str, str] = {}
-        surveyed = {c: found for c in candidates if (found := _surveyed(search, c, skipped)) is not None}
+        logger.info("compress_to: %s; %d candidates to look at before any is trained", _told(base), len(candidates))
+        shown = tqdm(candidates, desc="survey", unit="candidate", disable=None)
+        surveyed = {c: found for c in shown if (found := _surveyed(search, c, skipped)) is not None}
         if not surveyed:
             raise ValueError(f"no candidate can be made of this model: {next(iter(skipped.values()))}")
         measured: list[Measurement] = []
@@ -132,9 +136,19 @@ def compress_to(
             elif measured and max_seconds is not None and time.perf_counter() - began > max_seconds:
                 skipped[candidate.name] = f"max_seconds={max_seconds:g} had passed"
             else:
+                logger.info(
+                    "compress_to: making %d of at most %d: %s", len(measured) + 1, max_candidates, candidate.name
+                )
                 report = search.measure(candidate, rounds=latency_rounds)
+                logger.info("compress_to: %s", _told(report))
                 measured.append(Measurement(candidate, report, goal.excess(_point(report), _point(base))))
         return _conclude(search, goal, base, measured, skipped, output_dir is not None)
+
+
+def _told(report: Report) -> str:
+    """A measured model in a line of the log."""
+    size, time_ms = f"{report.size_bytes / 1e6:.2f} MB", f"P95 {report.latency_p95_ms:.2f} ms"
+    return f"{report.name}: {report.headline()}, {size}, {time_ms}"
 
 
 def _point(report: Report) -> Point:

@@ -77,7 +77,7 @@ class Search:
     def survey(self, candidate: Candidate) -> Point:
         """Bytes and P95 of a call of the candidate as it is before training. Raises ValueError as the verbs do."""
         if candidate.key not in self._survey:
-            made = self._quantized(self._untrained(candidate.structure), candidate)
+            made = self._quantized(self._untrained(candidate.structure), candidate, method="rtn")
             single = [self.data.example()]
             latency = measure_latency(made, single, rounds=SURVEY_ROUNDS, warmup=2).p95_ms
             self._survey[candidate.key] = [float(state_bytes(made)), latency]
@@ -124,10 +124,13 @@ class Search:
             shutil.rmtree(checkpoints, ignore_errors=True)
         return from_pretrained(folder)
 
-    def _quantized(self, made: nn.Module, candidate: Candidate) -> nn.Module:
+    def _quantized(self, made: nn.Module, candidate: Candidate, *, method: str | None = None) -> nn.Module:
+        """A quantized copy. method: instead of the search's, which is for 4-bit codes alone; bytes and times are as by
+        any other."""
         made = copy.deepcopy(made).eval()
         if candidate.scheme is not None:
-            options = self.quantization | ({} if is_4bit(candidate.scheme) else {"method": "rtn"})
+            plain = {} if is_4bit(candidate.scheme) else {"method": "rtn"}
+            options = self.quantization | ({"method": method} if method is not None else plain)
             quantize(made, candidate.scheme, data=self.data, seed=self.seed, **options)
         return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,14 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_a_method_chooses_the_codes_of_4_bit_candidates_alone(trained: nn.Module) -> None:
+def test_a_method_chooses_the_codes_of_4_bit_candidates_alone(
+    trained: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
     one: dict[str, Any] = {"depths": [None], "prunings": [None], "latency_rounds": 2, "group_size": 32}
-    found = compress_to(trained, {"ratio": 1.5}, texts(), schemes=["w8a8", "w4a16"], method="gptq", **one)
+    with caplog.at_level(logging.INFO, "pykd"):
+        found = compress_to(trained, {"ratio": 1.5}, texts(), schemes=["w8a8", "w4a16"], method="gptq", **one)
+    assert "as it is: accuracy" in caplog.text and "2 candidates to look at before any is trained" in caplog.text
+    assert "making 1 of at most 12" in caplog.text and "P95" in caplog.text
     assert found.skipped == {} and {each.candidate.scheme for each in found.measured} == {"w8a8", "w4a16"}
     report: Any = found.model.pykd_report
     methods = {entry["method"] for entry in report if entry["stage"] == "quantize"}

@@ -46,10 +46,10 @@ def tuned(recipe: Recipe, directory: RunDirectory, *, workers: int = 1, **option
     """
     bare = recipe.model_copy(update={"ablate": [], "search": None})
     whole = Pipeline(bare, directory, **options)
-    whole.prepare()
-    whole.teach()
     search = _Tuning(recipe, whole, workers)
     search.check()
+    whole.prepare()
+    whole.teach()
     best = whole.together.shared(search.known)
     if best is None:
         search.run()

@@ -26,6 +26,8 @@ logger = logging.getLogger("pykd.pipeline")
 
 #: Seconds between two looks at the workers.
 PERIOD = 0.1
+#: Seconds in which a worker may write its checkpoint after Ctrl-C; one that is killed goes on from an earlier one.
+GRACE = 20.0
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,16 @@ class _Workers:
         self.finished.add(part.name)
 
     def _stop(self) -> None:
-        """End what still runs as Ctrl-C does, and wait for it."""
+        """End what still runs as Ctrl-C does, and what does not listen (jobs in the background) at once."""
         for _, process in self.running.values():
             process.send_signal(signal.SIGINT)
+        until = time.monotonic() + GRACE
         for _, process in self.running.values():
-            process.wait()
+            try:
+                process.wait(timeout=max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     def _log(self, part: Part) -> Path:
         return self.folder / f"{part.name}.log"

@@ -100,11 +100,11 @@ def test_the_json_holds_everything(tmp_path: Path, reports: list[Report]) -> Non
 
 
 def test_the_markdown_reads_well(tmp_path: Path, reports: list[Report]) -> None:
-    write(tmp_path, reports, remarks=["teacher: cached"], description="What it is.")
+    write(tmp_path, reports, remarks=["teacher: cached"], description="What it is.", tables={"Sizes": [["a"], ["1|2"]]})
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# run\n\nWhat it is.\n\n| model | accuracy |")
     assert "- teacher: cached" in text and "Data: made, 12 to train on, 12 held out, 3 classes." in text
-    assert f"torch {torch.__version__}" in text
+    assert f"torch {torch.__version__}" in text and "## Sizes\n\n| a |\n| --- |\n| 1\\|2 |\n" in text
 
 
 def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
@@ -120,11 +120,12 @@ def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
         description=evil,
         remarks=[evil],
         settings={evil: evil},
+        tables={evil: [[evil], [evil]]},
         stages={evil: StageRecord(1.0, {evil: [evil], "curve": CURVE})},
     )
     found = page(path)
     assert "script" not in found.tags
-    assert sum(evil in words for words in found.words) > 8
+    assert sum(evil in words for words in found.words) > 11
 
 
 def test_texts_are_shown_in_a_table(tmp_path: Path, reports: list[Report]) -> None:

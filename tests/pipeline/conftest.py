@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,11 @@ def tiny() -> dict[str, Any]:
         "teacher": {"source": "huggingface", "config": VIT, "train": training},
         "evaluate": {"latency_rounds": 2, "speed_rounds": 2},
     }
+
+
+@pytest.fixture(scope="module")
+def pageless(quick: None) -> Iterator[None]:
+    """Quick runs whose reports come without the page, which takes longer to draw than all else takes here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pykd.evaluation.report_files.render", lambda story: f"<title>{story.title}</title>")
+        yield

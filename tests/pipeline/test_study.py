@@ -27,7 +27,7 @@ def sizes(tiny: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def done(quick: None, sizes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRun]:
+def done(pageless: None, sizes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRun]:
     folder = tmp_path_factory.mktemp("study") / "sizes"
     return folder, run_study(sizes, output_dir=folder, progress=False)
 

@@ -28,7 +28,7 @@ def searched(tiny: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("pageless")
 def test_a_search_goes_on_where_it_was_stopped(
     searched: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +61,7 @@ def test_a_search_goes_on_where_it_was_stopped(
     assert again.run.findings == whole.run.findings and again.run.final.predictions == whole.run.final.predictions
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("pageless")
 def test_trials_that_cannot_be_made_are_left_out(
     searched: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -86,7 +86,7 @@ def test_what_a_search_may_say(searched: dict[str, Any], tmp_path: Path) -> None
     refuse("search.weights: at least one weight must be above 0", weights={"quality": 0, "speed": 0, "size": 0})
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("pageless")
 def test_a_key_that_does_not_go_into_the_recipe(searched: dict[str, Any], tmp_path: Path) -> None:
     wrong = {"stages[0].distill.temprature": [1, 2]}
     with pytest.raises(

@@ -25,7 +25,7 @@ def part(name: str, words: tuple[str, ...] = HELP, **options: Any) -> Part:
     return Part(name, words, act=lambda: None, done=lambda: False, **options)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("pageless")
 def test_two_workers_make_what_one_process_makes(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,27 +79,30 @@ def test_in_this_process_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "b: left out: no such size" in caplog.text
 
 
-def test_ctrl_c_ends_the_workers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deaf", [False, True])
+def test_ctrl_c_ends_the_workers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN if deaf else signal.SIG_DFL)"
+    code = f"deaf = {deaf}; {code}; print('ready', flush=True); time.sleep(60)"
     started: list[Any] = []
     real = workers.subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> Any:
-        started.append(real([command[0], "-c", "import time; time.sleep(60)"], **options))
+        started.append(real([command[0], "-c", code], **options))
         return started[-1]
 
     def press() -> None:
-        while not started:
+        while not (tmp_path / "slow.log").exists() or "ready" not in (tmp_path / "slow.log").read_text():
             time.sleep(0.05)
-        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(workers.subprocess, "Popen", popen)
+    monkeypatch.setattr(workers, "GRACE", 0.5 if deaf else 20.0)
     thread = threading.Thread(target=press)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         carry_out([part("slow")], tmp_path, workers=2)
     thread.join()
-    assert started[0].returncode == -signal.SIGINT
+    assert started[0].returncode == -(signal.SIGKILL if deaf else signal.SIGINT)
 
 
 def test_devices_and_numbers_of_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

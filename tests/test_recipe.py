@@ -167,6 +167,13 @@ def test_the_hash_is_of_what_is_computed() -> None:
         ("student", {"width": 0.5, "name": "resnet18"}, r"student: say where the student comes from, in one way"),
         ("student", {}, r"student: say where the student comes from"),
         ("student", None, r"stages\[0\]\.distill needs a student"),
+        (
+            "student",
+            {"router": {}, "depth": 2},
+            r"student: a student with a router is made of the teacher's layers: leave the other keys out",
+        ),
+        ("student", {"router": {"expert": 2}}, r"student\.router\.expert: unknown key 'expert': did you mean 'expe"),
+        ("stages/1", {"calibrate": {}}, r"stages\[1\]\.calibrate needs a student with a router"),
         ("data", {"image_size": 8}, r"data\.kind: the key is missing: one of digits, text, tokens, pairs, language"),
         ("data/kind", "digit", r"data\.kind: unknown kind 'digit': did you mean 'digits'\?"),
         ("data", {"kind": "text"}, r"data\.path: the key is missing"),

@@ -9,7 +9,8 @@ them from the machine's own sources into a private folder; neither root nor any 
 file has the columns package and split (`train` or `test`), and
 
 - sections: text, label (section without `contrib/`, `universe/` ...). Packages made from one source may describe
-  themselves alike and fall into both splits.
+  themselves alike and fall into both splits. With `--flagged admin,net` the label is only whether the section is one
+  of these, `flagged` or `passed`: texts to be told from all others, in a guardrail's shape.
 - translation: source (English), target (German or `--language`): synopses and paragraphs of descriptions of which both
   languages have the same number. Whole packages are held out. `--tokenizer` also trains a SentencePiece-like unigram
   tokenizer (Kudo 2018) on the training pairs.
@@ -128,7 +129,17 @@ def sections(options: argparse.Namespace) -> list[Row]:
     """Texts by section; the same share of every section is held out."""
     with index(["en"]) as files:
         rows = join(records(files["Packages"]), records(files["en"]))
+    if options.flagged:
+        rows = flag(rows, options.flagged.split(","))
     return hold_out_texts(rows, options.test_size, options.seed)
+
+
+def flag(rows: list[Row], sections: Sequence[str]) -> list[Row]:
+    """The rows labelled by whether their section is one of these; the program ends for a section that has no texts."""
+    known = {row["label"] for row in rows}
+    if unknown := sorted(set(sections) - known):
+        raise SystemExit(f"no text is of section {unknown[0]!r}; there are {', '.join(sorted(map(str, known)))}")
+    return [{**row, "label": "flagged" if row["label"] in sections else "passed"} for row in rows]
 
 
 def translation(options: argparse.Namespace) -> list[Row]:
@@ -158,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=list(TASKS), default="sections", help="what the rows are for")
     parser.add_argument("--output", type=Path, required=True, help="file to write: .parquet, .jsonl or .csv")
     parser.add_argument("--test-size", type=int, help="rows held out (default: 3000; ner: 1000)")
+    parser.add_argument("--flagged", help="sections: names, with commas between, of those to be told from all others")
     parser.add_argument("--seed", type=int, default=0, help="decides which rows are held out (default: 0)")
     parser.add_argument("--language", default="de", help="translation: into which language (default: de)")
     parser.add_argument("--tokenizer", type=Path, help="translation: folder for a tokenizer trained on the pairs")

@@ -17,8 +17,9 @@ from pykd.distillation.sequence import teacher_writes
 from pykd.distillation.teacher import Teacher, first_batch
 from pykd.distillation.teacher_cache import TeacherCache
 from pykd.distillation.terms import Terms
-from pykd.models.adapter import logits, unwrap
+from pykd.models.adapter import auxiliary_losses, call, logits_of, unwrap
 from pykd.training.config import TrainConfig
+from pykd.training.finetune import with_auxiliary
 from pykd.training.guard import Guard
 from pykd.training.labels import check_batch, predicts_next
 from pykd.training.loop import fit
@@ -177,9 +178,10 @@ def _loss(terms: Terms, source: Teacher, classes: int) -> Loss:
 def _offline_loss(source: Offline, classes: int, temperature: float, alpha: float) -> Loss:
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         check_batch(batch, classes=classes)
-        kept, scores = source(batch), logits(model, batch)[..., :classes]
-        shift = predicts_next(unwrap(model))
-        return source.loss(scores, kept, batch["labels"], temperature=temperature, alpha=alpha, shift=shift), {}
+        kept, output = source(batch), call(model, batch)
+        scores, shift = logits_of(model, output)[..., :classes], predicts_next(unwrap(model))
+        loss = source.loss(scores, kept, batch["labels"], temperature=temperature, alpha=alpha, shift=shift)
+        return with_auxiliary(loss, auxiliary_losses(output))
 
     return loss_fn
 

@@ -16,6 +16,7 @@ from pykd.distillation.teacher import device_of
 from pykd.models.adapter import unwrap
 from pykd.models.layers import match_layers
 from pykd.models.views import View, eager_attention, observe, stages_of
+from pykd.training.finetune import with_auxiliary
 from pykd.training.labels import check_shapes, predicts_next
 from pykd.training.rng import preserved_rng
 from pykd.training.source import Batch
@@ -114,7 +115,8 @@ class Terms:
             value = self._value(place, each.method, model, mine, its, batch)
             total = total + each.weight * value
             noted[each.name] = value.detach()
-        return total, noted if len(self.methods) > 1 else {}
+        total, own = with_auxiliary(total, mine.auxiliary if mine is not None else {})
+        return total, (noted if len(self.methods) > 1 else {}) | own
 
     def _teach(self, batch: Batch) -> list[View]:
         if all(each.method.compares.endswith("sequences") for each in self.methods):

@@ -18,6 +18,7 @@ from pykd.evaluation.intervals import bootstrap, class_statistic
 from pykd.evaluation.latency import device_of, evaluating, measure_latency, measure_speeds, measure_throughput
 from pykd.evaluation.metrics import quality
 from pykd.evaluation.report import Report
+from pykd.evaluation.routing import measure_routing
 from pykd.evaluation.score import WEIGHTS, quality_score
 from pykd.models.adapter import logits, move
 
@@ -101,6 +102,9 @@ def evaluate(
         peak_memory_bytes=peak_memory(model, singles[0]),
         flops=count_flops(model, singles[0]),
         components=components(model),
+        routing=measure_routing(
+            model, data, batch_size=batch_size, rounds=max(3, latency_rounds // 5), examples=LATENCY_EXAMPLES
+        ),
     )
 
 

@@ -87,6 +87,8 @@ def context(story: Story) -> dict[str, Any]:
         "pareto": pareto(comparison),
         "footprint": [(report.name, list(flatten(footprint(report)))) for report in comparison.reports],
         "speeds": speeds(comparison.reports),
+        "routing": final.routing,
+        "scores": plots.score_histogram(final.routing) if final.routing is not None else "",
         "many_classes": len(final.class_names) > MANY_CLASSES,
         "settings": list(flatten(story.settings)),
         "data": list(flatten({k: v for k, v in story.data.describe().items() if k != "class_names"})),

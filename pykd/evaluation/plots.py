@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pykd.evaluation.report import Report
+from pykd.evaluation.routing import Routing
 
 INK, MUTED, GRID = "#1f2733", "#667085", "#e4e8ee"
 BASELINE, STAGE, FINAL = "#98a2b3", "#5b8def", "#1d4ed8"
@@ -115,6 +117,23 @@ def confusion_heatmap(report: Report) -> str:
                 strong = shares[row][column] > (0.6 if row == column else 0.2)
                 color = "#ffffff" if strong else INK
                 axis.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
+    return _svg(figure)
+
+
+def score_histogram(routing: Routing) -> str:
+    """How many rows have which score of difficulty, by the branch that they took, and the threshold between."""
+    figure, (axis,) = _figure(7.0, 2.7, columns=1)
+    widths = [high - low for low, high in itertools.pairwise(routing.edges)]
+    style = {"align": "edge", "linewidth": 0.4, "edgecolor": "#ffffff"}
+    axis.bar(routing.edges[:-1], routing.fast_counts, widths, color=STAGE, label="fast branch", **style)
+    axis.bar(
+        routing.edges[:-1], routing.deep_counts, widths, bottom=routing.fast_counts, color=LINES[1],
+        label="deep branch", **style,
+    )  # fmt: skip
+    axis.axvline(routing.threshold, color=INK, linewidth=1)
+    axis.set_xlabel("score; the line is the threshold", fontsize=8, color=MUTED)
+    axis.set_ylabel("rows", fontsize=8, color=MUTED)
+    axis.legend(frameon=False, fontsize=8, labelcolor=MUTED)
     return _svg(figure)
 
 

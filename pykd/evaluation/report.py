@@ -7,6 +7,7 @@ from typing import Any
 
 from pykd.evaluation.latency import Speed
 from pykd.evaluation.metrics import ClassQuality
+from pykd.evaluation.routing import Routing
 
 #: Task -> (metric, how it is written, decimals) of what a log says first; other tasks have accuracy and errors.
 HEADLINES: dict[str, tuple[tuple[str, str, int], ...]] = {
@@ -32,7 +33,8 @@ class Report:
     intervals: 95 % confidence interval of each metric, by bootstrap over examples. example_scores: one a test example,
     higher is better, what ``example_score`` names; empty for classification, where an example is right or wrong.
     speeds: at several batch sizes and lengths. peak_memory_bytes: tensors and a forward pass at batch 1, None where it
-    cannot be read; flops: operations of that pass. components: parameters of each part of the model.
+    cannot be read; flops: operations of that pass. components: parameters of each part of the model. routing: what the
+    router of a model did.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Report:
     peak_memory_bytes: int | None = None
     flops: int = 0
     components: dict[str, int] = field(default_factory=dict)
+    routing: Routing | None = None
 
     @property
     def errors(self) -> int:
@@ -122,5 +125,6 @@ class Report:
         read["speeds"] = tuple(Speed(**entry) for entry in values.get("speeds", ()))
         read["per_class"] = tuple(ClassQuality(**entry) for entry in values["per_class"])
         read["intervals"] = {name: tuple(ends) for name, ends in values.get("intervals", {}).items()}
+        read["routing"] = Routing.from_dict(values["routing"]) if values.get("routing") else None
         read["confusion"] = tuple(tuple(row) for row in values["confusion"])
         return cls(**read)

@@ -125,6 +125,7 @@ def markdown(story: Story) -> str:
         *(["\n".join(f"- {remark}" for remark in story.remarks)] if story.remarks else []),
         *(f"## {title}\n\n{markdown_table(rows)}" for title, rows in story.tables.items()),
         *_scores(reports),
+        *_routing(reports),
         *(
             f"Guard, {name}: {record.details['outcome']}."
             for name, record in story.stages.items()
@@ -145,3 +146,17 @@ def _scores(reports: Sequence[Report]) -> list[str]:
     """The formula of the quality score, and every model's value."""
     found = ", ".join(f"{report.name} {report.score:.4f}" for report in reports)
     return [f"Quality score = {reports[-1].score_formula}: {found}."] if reports[-1].score_formula else []
+
+
+def _routing(reports: Sequence[Report]) -> list[str]:
+    """The split of the last model with a router, and its tables."""
+    found = [report for report in reports if report.routing is not None]
+    if not found:
+        return []
+    routing = found[-1].routing
+    assert routing is not None
+    tables = (routing.label_table(), routing.latency_table(), routing.parts_table(), routing.expert_table())
+    return [
+        f"Routing of {found[-1].name}: {routing.sentence()}.",
+        *(markdown_table(table) for table in tables if table),
+    ]

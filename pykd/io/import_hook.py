@@ -1,8 +1,10 @@
-"""The one import hook of pykd: it acts around the import of two modules of other packages, and is idle otherwise.
+"""The one import hook of pykd: it acts around the import of a few modules of other packages, and is idle otherwise.
 
 - `torchvision._meta_registrations` fails beside a torch that cannot load torchvision's compiled operators; the two
   missing schemas are put in place while it runs (pykd.models.torchvision.missing_schemas).
 - `transformers.quantizers.auto` is where the quantizer "pykd" has to be registered (pykd.io.huggingface_plugin).
+- `transformers.models.auto` holds the tables of configurations and of models, where pykd's own family belongs
+  (pykd.models.router).
 
 Importing either package on behalf of a user who may never need it would cost more than a second; the hook costs one
 dictionary look-up per module that Python imports from disk.
@@ -11,6 +13,7 @@ dictionary look-up per module that Python imports from disk.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -24,7 +27,9 @@ from typing import Any
 #: Module to act around -> (our module, its function that returns a context manager to execute the module in).
 AROUND: dict[str, tuple[str, str]] = {
     "torchvision._meta_registrations": ("pykd.models.torchvision", "missing_schemas"),
-    "transformers.quantizers.auto": ("pykd.io.import_hook", "registration"),
+    "transformers.quantizers.auto": ("pykd.io.import_hook", "quantizer"),
+    "transformers.models.auto.configuration_auto": ("pykd.io.import_hook", "configuration"),
+    "transformers.models.auto.modeling_auto": ("pykd.io.import_hook", "family"),
 }
 
 
@@ -74,25 +79,30 @@ def _around(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def registration() -> Iterator[None]:
-    """Register pykd's quantizer once the body has executed transformers.quantizers.auto."""
+def registration(module: str, what: str) -> Iterator[None]:
+    """Import the module of ours that registers ``what``, once the body has executed the one that it registers with."""
     yield
     try:
-        importlib.import_module("pykd.io.huggingface_plugin")
+        importlib.import_module(module)
     except ImportError as error:
         warnings.warn(
-            f"pykd could not register its quantizer with this version of transformers ({error}), so compressed models "
+            f"pykd could not register its {what} with this version of transformers ({error}), so such models "
             "will not load; pip install 'pykd[huggingface]' installs one that works.",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
+quantizer = functools.partial(registration, "pykd.io.huggingface_plugin", "quantizer")
+configuration = functools.partial(registration, "pykd.models.router_config", "router's configuration")
+family = functools.partial(registration, "pykd.models.router", "router")
+
+
 def install() -> None:
     """Put the hook in front of Python's own finders, once, and register with a transformers that is already there."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    name = "transformers.quantizers.auto"
-    if name in sys.modules:
-        with _around(name):
-            pass
+    for name in AROUND:
+        if name.startswith("transformers.") and name in sys.modules:
+            with _around(name):
+                pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from pykd.io.manifest import check_version, verify
 from pykd.io.save import CONFIG, WEIGHTS
 from pykd.io.structure import Structure
 from pykd.models import torchvision
-from pykd.models.adapter import without_values
+from pykd.models.adapter import FAMILIES, without_values
 from pykd.nn.compressed import CompressedModule
 
 
@@ -125,7 +126,8 @@ def _load_huggingface(folder: Path, config: dict[str, Any]) -> nn.Module:
     import transformers
 
     names = config.get("architectures") or [None]
-    kind: Any = getattr(transformers, str(names[0]), None)
+    family = FAMILIES.get(str(names[0]))
+    kind: Any = getattr(importlib.import_module(family) if family else transformers, str(names[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ArtifactError(
             f"{folder / CONFIG} names the architecture {names[0]!r}, which transformers {transformers.__version__} "

@@ -14,6 +14,8 @@ from pykd.errors import DataError, ModelLoadError
 
 #: Classes that call the model in their attribute `module`; by name, so that no library is loaded to compare with.
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+#: Classes of Hugging Face models that are pykd's own -> their module.
+FAMILIES = {"RouterForSequenceClassification": "pykd.models.router"}
 
 
 def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -39,6 +41,17 @@ def logits_of(model: nn.Module, output: Any) -> Tensor:
         )
     result: Tensor = found
     return result
+
+
+def auxiliary_losses(output: Any) -> dict[str, Tensor]:
+    """Losses of a model's own in what `call` returned, weighted scalars by name, to be added to the task's.
+
+    Those of pykd's own families (`pykd.models.router`), in training; {} for all others.
+
+    >>> auxiliary_losses(torch.zeros(2, 3))
+    {}
+    """
+    return dict(getattr(output, "auxiliary", None) or {})
 
 
 def call(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
@@ -134,7 +147,8 @@ def origin(model: nn.Module) -> dict[str, Any]:
     if recorded is not None:
         return dict(recorded)
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "model_type") or not type(model).__module__.startswith("transformers."):
+    known = type(model).__module__.startswith("transformers.") or type(model).__name__ in FAMILIES
+    if not hasattr(config, "model_type") or not known:
         raise ModelLoadError(
             f"{type(model).__name__} is neither a model of transformers nor carries pykd_origin; build it with "
             "load_torchvision or load_huggingface, or say how torchvision built it: model.pykd_origin = "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pykd.models.adapter import call, logits_of, unwrap
+from pykd.models.adapter import auxiliary_losses, call, logits_of, unwrap
 from pykd.models.layers import layer_stacks
 
 #: What `observe` can be asked for beside the logits.
@@ -27,7 +27,8 @@ class View:
 
     logits (rows, ..., classes). hidden: (rows, positions, width) with the embeddings first, or (rows, channels, height,
     width). attention: (rows, heads, positions, positions). masks: for each stack (rows, positions), True where a
-    position counts, or None where all do. summary: (rows, width), the mean of the last states that count.
+    position counts, or None where all do. summary: (rows, width), the mean of the last states that count. auxiliary:
+    losses of the model's own, by name.
     """
 
     logits: Tensor
@@ -35,6 +36,7 @@ class View:
     attention: list[list[Tensor]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
     summary: Tensor | None = None
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
 
 def observe(
@@ -50,11 +52,12 @@ def observe(
     if stages:
         return _with_hooks(model, batch, stages)
     if not wanted:
-        return View(logits_of(model, call(model, batch)))
+        output = call(model, batch)
+        return View(logits_of(model, output), auxiliary=auxiliary_losses(output))
     options = {"output_hidden_states": True} if {"hidden", "summary"} & set(wanted) else {}
     options |= {"output_attentions": True} if "attention" in wanted else {}
     output = call(model, batch, **options)
-    view = View(logits_of(model, output), masks=_masks(output, batch))
+    view = View(logits_of(model, output), masks=_masks(output, batch), auxiliary=auxiliary_losses(output))
     if "output_hidden_states" in options:
         view.hidden = _stacks(output, "hidden_states")
         view.summary = _mean(view.hidden[-1][-1], view.masks[-1])

@@ -21,6 +21,7 @@ from pykd.models.students import derive
 from pykd.models.torchvision import load_torchvision
 from pykd.recipe.data_kinds import Digits, Language, Pairs, Text, Texts, Tokens
 from pykd.recipe.models import FurtherTeacher, Model, Student, Teacher
+from pykd.recipe.router import Router
 from pykd.recipe.schema import Recipe
 
 #: Kind of data -> the task a Hugging Face model is loaded for; plain texts name theirs.
@@ -105,6 +106,8 @@ def make_student(spec: Student, recipe: Recipe, teacher: nn.Module, data: DataBu
     """A student as its section says, named by ``key`` in errors."""
     if not spec.derived:
         return build_model(spec, recipe, data, key=key)
+    if spec.router is not None:
+        return _router(spec.router, recipe, teacher, key=key)
     names = ("preset", "depth", "layers", "hidden_size", "heads", "intermediate_size")
     options: dict[str, Any] = {name: getattr(spec, name) for name in names}
     by_data = isinstance(spec.layers, str) and spec.layers in BY_DATA
@@ -114,6 +117,17 @@ def make_student(spec: Student, recipe: Recipe, teacher: nn.Module, data: DataBu
         return derive(teacher, example=data.example(2), width=spec.width or 1.0, **options)
     except ValueError as error:
         raise RecipeError(f"{key}: {error}") from error
+
+
+def _router(spec: Router, recipe: Recipe, teacher: nn.Module, *, key: str) -> nn.Module:
+    """A student with branches; transformers, which its family belongs to, is loaded for it alone."""
+    from pykd.models.router_teacher import from_teacher
+
+    try:
+        made: nn.Module = from_teacher(teacher, seed=recipe.seed, **spec.model_dump())
+    except ValueError as error:
+        raise RecipeError(f"{key}.router: {error}") from error
+    return made
 
 
 def _measured(data: DataBundle, seed: int) -> list[Batch]:

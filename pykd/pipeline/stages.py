@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from pykd.data import DataBundle
+from pykd.data.bundle import batches, permutation
 from pykd.distillation import distill, distill_chain
 from pykd.distillation.chain import INDEX as CHAIN_INDEX
 from pykd.pipeline.compress import compress_to
@@ -18,6 +19,7 @@ from pykd.pipeline.sources import build_model, make_student
 from pykd.pruning import prune
 from pykd.quantization import assign_bits, convert_qat, prepare_qat, quantize
 from pykd.recipe.guarded import Guarded
+from pykd.recipe.router import Calibrate
 from pykd.recipe.schema import MIXED, Chain, CompressTo, Distill, Prune, Qat, Quantize, Recipe, Stage
 from pykd.recipe.train import Train
 from pykd.training.checkpoint import has_checkpoint
@@ -226,6 +228,16 @@ def _compress_to(settings: Any, model: nn.Module, context: Context) -> nn.Module
     return found.model
 
 
+def _calibrate(settings: Any, model: nn.Module, context: Context) -> nn.Module:
+    assert isinstance(settings, Calibrate)
+    from pykd.models.router_threshold import calibrate
+
+    chosen = permutation(len(context.data.test), seed=context.recipe.seed)[: settings.samples]
+    rows = [context.data.test[row] for row in chosen]
+    calibrate(model, batches(rows, context.data.collate, settings.batch_size), deep_share=settings.deep_share)
+    return model
+
+
 STAGES: dict[str, Callable[[Any, nn.Module, Context], nn.Module]] = {
     "distill": _distill,
     "chain": _chain,
@@ -234,4 +246,5 @@ STAGES: dict[str, Callable[[Any, nn.Module, Context], nn.Module]] = {
     "quantize": _quantize,
     "qat": _qat,
     "compress_to": _compress_to,
+    "calibrate": _calibrate,
 }

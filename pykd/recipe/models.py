@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pykd.errors import nearest
 from pykd.models.layer_choice import BY_DATA, BY_POSITION
 from pykd.models.sizes import size_of
+from pykd.recipe.router import Router
 from pykd.recipe.section import Section
 from pykd.recipe.train import Train
 
@@ -69,6 +70,7 @@ class Student(Model):
     hidden_size: int | None = Field(None, ge=1, description="channels of the residual stream")
     heads: int | None = Field(None, ge=1, description="attention heads")
     intermediate_size: int | None = Field(None, ge=1, description="neurons of a feed-forward block")
+    router: Router | None = Field(None, description="a fast and a deep branch of the teacher's layers; {} for defaults")
 
     @field_validator("layers")
     @classmethod
@@ -80,10 +82,13 @@ class Student(Model):
     @model_validator(mode="after")
     def _one_origin(self) -> Student:
         other = self.name is not None or "model_type" in self.config
+        if self.router is not None and self.model_fields_set != {"router"}:
+            raise ValueError("a student with a router is made of the teacher's layers: leave the other keys out")
         if self.derived == other or (self.derived and self.config):
             raise ValueError(
                 "say where the student comes from, in one way: preset, width, depth, layers, hidden_size ... (cut from "
-                "the teacher), name (another architecture, or weights), or config with its model_type (from scratch)"
+                "the teacher), router (branches of its layers), name (another architecture, or weights), or config "
+                "with its model_type (from scratch)"
             )
         return self
 
@@ -92,4 +97,5 @@ class Student(Model):
         """Whether the student is cut from the teacher."""
         cut = (self.width, self.depth, self.hidden_size, self.heads, self.intermediate_size)
         preset = self.preset is not None and "model_type" not in self.config
-        return preset or isinstance(self.layers, list) or any(value is not None for value in cut)
+        named = preset or isinstance(self.layers, list) or self.router is not None
+        return named or any(value is not None for value in cut)

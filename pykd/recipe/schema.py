@@ -15,6 +15,7 @@ from pykd.recipe.data_kinds import Data
 from pykd.recipe.gradual import GradualPruning
 from pykd.recipe.guarded import Guarded
 from pykd.recipe.models import FurtherTeacher, Student, Teacher
+from pykd.recipe.router import Calibrate
 from pykd.recipe.section import PatternText, Section
 from pykd.recipe.studies import Search, Study
 from pykd.recipe.train import Train
@@ -246,6 +247,7 @@ class Stage(Section):
     prune: Prune | None = None
     recover: Recover | None = None
     quantize: Quantize | None = None
+    calibrate: Calibrate | None = None
     qat: Qat | None = None
     compress_to: CompressTo | None = None
 
@@ -265,13 +267,13 @@ class Stage(Section):
 
     @property
     def kind(self) -> str:
-        """distill, chain, prune, recover, quantize, qat or compress_to."""
+        """distill, chain, prune, recover, quantize, calibrate, qat or compress_to."""
         return next(iter(self.model_fields_set))
 
     @property
-    def settings(self) -> Distill | Chain | Prune | Recover | Quantize | Qat | CompressTo:
+    def settings(self) -> Distill | Chain | Prune | Recover | Quantize | Qat | CompressTo | Calibrate:
         """What stands under the key."""
-        found: Distill | Chain | Prune | Recover | Quantize | Qat | CompressTo = getattr(self, self.kind)
+        found: Distill | Chain | Prune | Recover | Quantize | Qat | CompressTo | Calibrate = getattr(self, self.kind)
         return found
 
 
@@ -328,7 +330,11 @@ class Recipe(Section):
                 raise ValueError(f"stages[{index}].distill needs a student: add one, or use recover to fine-tune")
             if stage.kind == "chain" and (index or self.student is not None):
                 raise ValueError(f"stages[{index}].chain makes its own students: put it first and leave `student` out")
-            if packed is not None and stage.kind not in ("quantize", "qat"):
+            if stage.kind == "calibrate" and (self.student is None or self.student.router is None):
+                raise ValueError(
+                    f"stages[{index}].calibrate needs a student with a router: `student: {{router: {{}}}}`"
+                )
+            if packed is not None and stage.kind not in ("quantize", "qat", "calibrate"):
                 earlier = self.stages[packed].kind
                 raise ValueError(
                     f"stages[{index}].{stage.kind} comes after stages[{packed}].{earlier}, whose packed weights no "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pykd.data.bundle import DataBundle
-from pykd.models.adapter import logits, num_classes
+from pykd.models.adapter import auxiliary_losses, call, logits_of, num_classes
 from pykd.training.config import TrainConfig
 from pykd.training.guard import Guard
 from pykd.training.labels import IGNORED, check_batch, check_shapes, predicts_next
@@ -86,8 +86,8 @@ def finetune(
     require_finite_weights(model, "model")
     classes = num_classes(model)
 
-    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        return label_loss(model, batch, classes=classes, label_smoothing=label_smoothing), {}
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        return _losses(model, batch, classes=classes, label_smoothing=label_smoothing)
 
     settings = {"label_smoothing": label_smoothing}
     validate, guard = watched(validate, guard, data, every=validate_steps)
@@ -112,14 +112,30 @@ def finetune(
 
 
 def label_loss(model: nn.Module, batch: Batch, *, classes: int, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of a batch's labels, under the rules of `finetune`; a scalar.
+    """Mean cross entropy of a batch's labels and the model's own losses, under the rules of `finetune`; a scalar.
 
     Raises DataError for labels that are missing, out of range, or do not go with the logits.
     """
+    return _losses(model, batch, classes=classes, label_smoothing=label_smoothing)[0]
+
+
+def _losses(model: nn.Module, batch: Batch, *, classes: int, label_smoothing: float) -> tuple[Tensor, dict[str, Any]]:
     check_batch(batch, classes=classes)
-    scores, labels = logits(model, batch), batch["labels"]
+    output, labels = call(model, batch), batch["labels"]
+    scores = logits_of(model, output)
     check_shapes(scores, labels)
     if predicts_next(model):
         scores, labels = scores[:, :-1], labels[:, 1:]
     flat = scores.float().flatten(0, -2)
-    return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
+    loss = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
+    return with_auxiliary(loss, auxiliary_losses(output))
+
+
+def with_auxiliary(loss: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """A task's loss with a model's own losses added, and those by name, to be noted.
+
+    >>> import torch
+    >>> with_auxiliary(torch.tensor(1.0), {"load": torch.tensor(0.5)})
+    (tensor(1.5000), {'load': tensor(0.5000)})
+    """
+    return sum(own.values(), start=loss), {name: value.detach() for name, value in own.items()}

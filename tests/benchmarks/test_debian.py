@@ -106,6 +106,13 @@ def test_the_written_file_loads(tmp_path: Path, tokenizer: object) -> None:
         assert (len(data.train), len(data.test), data.class_names) == (30, 10, ("a", "b"))
 
 
+def test_sections_become_two_classes() -> None:
+    rows = [{"text": "a", "label": label, "package": label} for label in ("net", "admin", "games")]
+    assert [row["label"] for row in debian.flag(rows, ["admin", "net"])] == ["flagged", "flagged", "passed"]
+    with pytest.raises(SystemExit, match="no text is of section 'nett'; there are admin, games, net"):
+        debian.flag(rows, ["net", "nett"])
+
+
 def test_another_ending_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"cannot write .*x\.txt: the ending must be \.parquet, \.jsonl or \.csv"):
         debian.write([], tmp_path / "x.txt")

@@ -20,7 +20,7 @@ import pykd
 from pykd.errors import ArtifactError
 from pykd.io import huggingface_plugin
 from pykd.io.huggingface_plugin import PykdConfig
-from pykd.io.import_hook import registration
+from pykd.io.import_hook import quantizer
 from pykd.models.adapter import logits
 from pykd.nn import CompressedModule
 
@@ -258,7 +258,7 @@ def test_a_transformers_without_a_registry_is_a_warning(monkeypatch: pytest.Monk
     monkeypatch.delattr("transformers.quantizers.auto.register_quantizer")
     monkeypatch.delitem(sys.modules, "pykd.io.huggingface_plugin")
     message = "pykd could not register its quantizer with this version of transformers"
-    with pytest.warns(RuntimeWarning, match=message), registration():
+    with pytest.warns(RuntimeWarning, match=message), quantizer():
         pass
 
 

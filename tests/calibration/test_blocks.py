@@ -26,7 +26,7 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("seq2seq-lm", {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4,
                        "decoder_start_token_id": 0}),
 }  # fmt: skip
-IMAGES = ("resnet18", "squeezenet1_1", "mobilenet_v2", "vit")
+IMAGES = ("resnet18", "squeezenet1_1", "vit")
 Batch = dict[str, Tensor]
 
 

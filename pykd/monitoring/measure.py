@@ -19,8 +19,8 @@ from pykd.monitoring.baseline import Baseline, quantities
 class HeadInputs:
     """The embeddings of the newest batch: what the last layer with one output per class read, (rows, width).
 
-    Inputs of more dimensions are averaged over all but the first and the last. Raises ValueError for a model without
-    such a layer.
+    What a layer reads at several positions is averaged: of images (rows, channels, height, width) over the last two,
+    else over all but the first and the last. Raises ValueError for a model without such a layer.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -48,7 +48,9 @@ class HeadInputs:
         found, self._newest = self._newest, None
         if found is None:
             return None
-        if found.dim() > 2:
+        if found.dim() == 4:
+            found = found.flatten(2).mean(2)
+        elif found.dim() > 2:
             found = found.flatten(1, -2).mean(1)
         taken: np.ndarray[Any, np.dtype[np.float32]] = found.float().cpu().numpy()
         return taken

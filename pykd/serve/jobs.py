@@ -170,15 +170,20 @@ class Jobs:
         words += [word for override in job.overrides for word in ("--set", override)]
         environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
         self.run(job.id).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.output(job.id), "ab") as output:
-            process = subprocess.Popen(
-                [*self._program, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        job = self._keep(job)  # a full disk is met before there is a process
+        try:
+            with open(self.output(job.id), "ab") as output:
+                process = subprocess.Popen(
+                    [*self._program, *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._keep(replace(job, status="failed", ended=time.time(), error=f"it could not be started: {error}"))
+            raise
         job = self._keep(replace(job, pid=process.pid, pid_started=_started(process.pid)))
         logger.info("job %s: %s (%s) as process %d", job.id, job.recipe, "resumed" if resume else "new", process.pid)
         self._watch(job, process)

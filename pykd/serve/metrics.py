@@ -60,7 +60,7 @@ def router(state: State) -> APIRouter:
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
-    async def metrics() -> Response:
+    def metrics() -> Response:  # in a thread: monitoring compares distributions for it
         return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return routes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pykd.serve.monitoring import Monitoring, MonitoringMetrics, Seen, UnknownPredictionError
 from pykd.serve.state import Answered, State
+
+#: What takes a second to import, before there are requests that would wait for it.
+NEEDED = ("scipy.stats", "sklearn.metrics")
 
 
 class Feedback(BaseModel):
@@ -31,6 +35,8 @@ class FeedbackRequest(BaseModel):
 def router(state: State) -> APIRouter:
     """The routes; predictions of classifiers are watched from here on."""
     routes = APIRouter(tags=["monitoring"])
+    for name in NEEDED if state.models else ():
+        importlib.import_module(name)
     monitoring = Monitoring(state.settings.state, state.settings.thresholds)
     state.metrics.registry.register(MonitoringMetrics(monitoring))
     state.observers.append(lambda answered: _see(state, monitoring, answered))

@@ -194,6 +194,11 @@ def test_embeddings_of_many_positions_are_averaged() -> None:
     model(torch.ones(2, 7, 4))
     found = inputs.take()
     assert found is not None and found.shape == (2, 5)
+    pictures = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1))
+    inputs = HeadInputs(pictures)
+    hidden = pictures[0](image := torch.randn(2, 3, 5, 7))
+    pictures(image)
+    np.testing.assert_allclose(inputs.take(), hidden.mean((2, 3)).detach().numpy(), rtol=1e-5, atol=1e-6)
     headless = nn.Module()
     headless.config = type("Config", (), {"num_labels": 2})()
     with pytest.raises(ValueError, match="has no layer with one output for each of its 2 classes"):

@@ -141,6 +141,15 @@ def test_a_failed_job_says_why(make: Callable[..., Jobs]) -> None:
     assert (done.status, done.exit_code, done.error) == ("failed", 2, "pykd: the data is not there")
 
 
+def test_a_process_that_cannot_be_started_takes_no_place(tmp_path: Path, recipes: AllowedRecipes) -> None:
+    jobs = Jobs(tmp_path / "state", recipes, program=(str(tmp_path / "none"),))
+    with pytest.raises(FileNotFoundError):
+        jobs.start("quick.yaml", {})
+    (job,) = jobs.list()
+    assert job.status == "failed" and job.error is not None and job.error.startswith("it could not be started: ")
+    assert [each.status for each in Jobs(tmp_path / "state", recipes).list()] == ["failed"]
+
+
 def test_jobs_end_with_their_service_and_are_known_after_it(make: Callable[..., Jobs]) -> None:
     jobs = make(limit=2)
     done, slow = jobs.start("quick.yaml", {}), jobs.start("slow.yaml", {})

@@ -139,7 +139,10 @@ def service(model: Path, options: Sequence[str], environment: dict[str, str]) ->
     process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + 300
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the service did not come up; try it: {' '.join(command)}")
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{url}/healthz", timeout=1).close()
                 break
@@ -147,7 +150,7 @@ def service(model: Path, options: Sequence[str], environment: dict[str, str]) ->
         yield url, process.pid
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)
 
 
 def scraped(url: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The recipes for translation and named entities, on hand-made rows with models of a few thousand weights."""
+"""The recipes for translation, named entities and guardrails, with models of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -94,3 +94,37 @@ def test_the_sizes_of_the_study_fall(short: bool) -> None:
     assert len(weights) == 6 and weights == sorted(weights, reverse=True)
     full = {"12x768", "6x768", "6x512", "12x384", "2x384", "4x312"}
     assert short or {recipe.teacher.preset, *chain.students} == full
+
+
+def test_guardrail(tmp_path: Path) -> None:
+    source = TESTS / "data_files" / "debian_pairs.csv"  # any 200 texts: the classes are whether they are long
+    with source.open(encoding="utf-8", newline="") as file:
+        texts = [row["source"] for row in csv.DictReader(file)]
+    middle = sorted(map(len, texts))[100]
+    rows = [
+        {
+            "text": text,
+            "label": "flagged" if len(text) > middle else "passed",
+            "split": "train" if number % 4 else "test",
+        }
+        for number, text in enumerate(texts)
+    ]
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as made:
+        writer = csv.DictWriter(made, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    tokenizer = debian_rows.train_tokenizer(texts, 300)
+    encoder = {"model_type": "bert", "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2,
+               "num_attention_heads": 2, "intermediate_size": 64}  # fmt: skip
+    teacher = load_huggingface(None, "sequence-classification", num_labels=2, config=encoder)
+    save_pretrained(teacher, tmp_path / "bert", tokenizer=tokenizer)
+    overrides = [
+        f"data.path={tmp_path / 'rows.csv'}", f"teacher.name={tmp_path / 'bert'}", "teacher.train.max_steps=3",
+        "student.router.shared_layers=1", "student.router.deep_layers=1", "student.router.expert_size=32",
+        "stages[0].distill.max_steps=3", *FAST,
+    ]  # fmt: skip
+    done = run(RECIPES / "guardrail.yaml", output_dir=tmp_path / "out", overrides=overrides, progress=False)
+    assert done.reload.identical and [entry.stage for entry in done.measured][-1] == "3-calibrate"
+    routing = done.final.routing
+    assert routing is not None and routing.deep_share == pytest.approx(0.3, abs=0.03)
+    assert "each row its branch" in (done.directory / "report.md").read_text()

@@ -180,7 +180,7 @@ class RouterForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         """Each row through its own branch."""
         out["deep"] = out["scores"] - self.config.threshold > 0
         deep, fast = (rows.nonzero().squeeze(1) for rows in (out["deep"], ~out["deep"]))
-        found = first.new_zeros(len(first), self.num_labels)
+        found = first.new_zeros(first.shape[0], self.num_labels)
         traced = exporting()  # then nobody knows yet how many rows there are
         if traced or len(fast):
             found = found.index_copy(0, fast, self._head("fast", first[fast]).to(found.dtype))

@@ -66,6 +66,9 @@ def test_every_kind_of_text_has_its_task(kind: str, folder: Path, tmp_path: Path
         assert teacher.config.decoder_start_token_id == data.tokenizer.pad_token_id
     student = build_student(made, teacher, data)
     assert all(len(layers) == 1 for layers in layer_map(student).values())
+    if data.class_names:
+        assert student.config.id2label == dict(enumerate(data.class_names))
+        assert student.config.label2id[data.class_names[1]] == 1
     context = Context(made, data, teacher, tmp_path, False, "1-distill")
     apply_stage(made.stages[0], student, context)
     assert student.pykd_report[-1]["steps"] == 2

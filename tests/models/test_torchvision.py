@@ -164,5 +164,8 @@ def test_official_weights_go_through_torchvision(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(model.state_dict()["conv1.weight"], state["conv1.weight"])
     assert model.pykd_origin["kwargs"] == {"num_classes": 10}
     assert asked == [
-        (ours.ensure_torchvision().models.ResNet18_Weights.IMAGENET1K_V1.url, {"progress": True, "check_hash": True})
+        (
+            ours.ensure_torchvision().models.ResNet18_Weights.IMAGENET1K_V1.url,
+            {"progress": True, "check_hash": True, "weights_only": True},
+        )
     ]

@@ -229,7 +229,8 @@ def test_rows_that_cover_every_pair(tmp_path: Path) -> None:
     rows = covering(ROWS)
     assert {pair for row in rows for pair in pairs(row)} == {pair for row in ROWS for pair in pairs(row)}
     assert len(rows) < len(ROWS) / 6
-    check_all(rows, tmp_path)
+    looked_at = [Row("gpt2", False, "weights", None), Row("t5", False, "2:4", None)]  # by transformers, while they load
+    check_all([*rows, *(row for row in looked_at if row not in rows)], tmp_path)
 
 
 @pytest.mark.slow

@@ -56,12 +56,12 @@ class SparseWeight(CompressedModule):
     @property
     def packed(self) -> PackedSparse:
         """The weight as the ops take it."""
-        return PackedSparse(self.bitmask, self.values, self.columns)
+        return PackedSparse(self._bits(), self.values, self.columns)
 
     @property
     def mask(self) -> Tensor:
         """bool [rows, columns], True where a weight is kept."""
-        return unpack_bits(self.bitmask, self.columns)
+        return unpack_bits(self._bits(), self.columns)
 
     @property
     def sparsity(self) -> float:
@@ -100,11 +100,16 @@ class SparseWeight(CompressedModule):
     # The layouts of the kernels belong to the op, which follows edits of `values`; here the index of the format becomes
     # the bitmask, and damage is refused.
 
+    def _bits(self) -> Tensor:
+        """The bitmask; before `finalize`, when loaders already look at weights, from the index of the format."""
+        if "bitmask" in self._buffers:
+            return self.bitmask
+        index = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return decode(index, self.format, self.rows, self.columns, self.values.numel())
+
     def _pack(self) -> None:
         if "bitmask" not in self._buffers:
-            index = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-            bitmask = decode(index, self.format, self.rows, self.columns, self.values.numel())
-            self._register({"bitmask": bitmask}, persistent=False)
+            self._register({"bitmask": self._bits()}, persistent=False)
         check_packed(self.packed)
 
     def _unpack(self) -> None:

@@ -206,3 +206,16 @@ def test_rows_measure_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SparseLinear, "tune", lambda self, rows: asked.append(rows))
     SparseLinear.from_linear(nn.Linear(8, 4), rows=(1, 16))
     assert asked == [(1, 16)]
+
+
+@pytest.mark.parametrize("format", ["bitmask", "csr16", "2:4"])
+def test_a_layer_shows_its_weight_before_it_is_finalized(format: str) -> None:
+    """Loaders of transformers look at some layers' weights between filling and finalizing them."""
+    mask = torch.tensor([True, False, True, False] * 2).repeat(5, 1)
+    layer = SparseLinear.from_linear(nn.Linear(8, 5), mask=mask, format=format)
+    skeleton = SparseLinear.from_spec(layer.spec())
+    empty = skeleton.state_dict()
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            empty[name].copy_(tensor)
+    assert not skeleton.finalized and torch.equal(skeleton.weight, layer.weight) and torch.equal(skeleton.mask, mask)

@@ -89,8 +89,9 @@ def build_model(spec: Model, recipe: Recipe, data: DataBundle, *, key: str) -> n
             config=_config(spec, data),
         )
         if classes and not _keeps_its_classes(spec):  # or other loaders call them LABEL_0, LABEL_1 ...
-            model.config.id2label = {number: str(name) for number, name in enumerate(data.class_names)}
-            model.config.label2id = {name: number for number, name in model.config.id2label.items()}
+            config: Any = model.config
+            config.id2label = {number: str(name) for number, name in enumerate(data.class_names)}
+            config.label2id = {name: number for number, name in config.id2label.items()}
     if classes and num_classes(model) != classes:
         raise RecipeError(
             f"{key}: {spec.name} tells {num_classes(model)} classes apart, but the data has {classes}: give it a "

@@ -18,7 +18,7 @@ def session_options(threads: int | None = None) -> Any:
     """Options of an ONNX Runtime session that shares its cores with torch: `threads`, or as many as torch has.
 
     Its threads sleep between calls. By default they spin, and whatever torch computes next in the same process then
-    waits for the cores: a dense layer took 8 times as long.
+    waits for the cores.
     """
     import onnxruntime
 

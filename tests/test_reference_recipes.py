@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,12 +11,8 @@ from pykd import from_pretrained
 from pykd.pipeline import run
 from pykd.recipe import load_recipe
 
-TESTS = Path(__file__).parent
-RECIPES = TESTS.parent / "recipes"
-sys.path.append(str(TESTS.parent / "benchmarks" / "data"))
-debian_rows: Any = importlib.import_module("debian_rows")
+from .shipped import FAST, RECIPES, TESTS, debian_rows
 
-FAST = ["evaluate.latency_rounds=1", "evaluate.speed_rounds=1", "evaluate.batch_size=20"]
 pytestmark = pytest.mark.usefixtures("quick")
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,12 +15,8 @@ from pykd.models.sizes import size_of
 from pykd.pipeline import run
 from pykd.recipe import load_recipe
 
-TESTS = Path(__file__).parent
-RECIPES = TESTS.parent / "recipes"
-sys.path.append(str(TESTS.parent / "benchmarks" / "data"))
-debian_rows: Any = importlib.import_module("debian_rows")
+from .shipped import FAST, RECIPES, TESTS, debian_rows
 
-FAST = ["evaluate.latency_rounds=1", "evaluate.speed_rounds=1", "evaluate.batch_size=20"]
 pytestmark = pytest.mark.usefixtures("quick")
 
 

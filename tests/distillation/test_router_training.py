@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +15,7 @@ from pykd.models.adapter import call
 from pykd.models.router import calibrate
 from pykd.training.held_out import held_out
 
-sys.path.append(str(Path(__file__).parents[1]))
-routers: Any = importlib.import_module("routers")
+from .. import routers
 
 
 def train(**options: Any) -> nn.Module:

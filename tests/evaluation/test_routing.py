@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +16,7 @@ from pykd.evaluation.routing import Routing, measure_routing
 from pykd.models.adapter import call, logits
 from pykd.models.router import calibrate, routed
 
-sys.path.append(str(Path(__file__).parents[1]))
-routers: Any = importlib.import_module("routers")
+from .. import routers
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +16,7 @@ from pykd.models.adapter import logits
 from pykd.models.router import calibrate
 from pykd.nn import Linear4bit, Linear8bit
 
-sys.path.append(str(Path(__file__).parents[1]))
-routers: Any = importlib.import_module("routers")
+from .. import routers
 
 IN_A_NEW_PROCESS = """
 import pathlib, sys

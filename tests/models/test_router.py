@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +14,7 @@ from pykd.models.huggingface import load_huggingface
 from pykd.models.router import RouterConfig, RouterForSequenceClassification, calibrate, from_teacher, routed
 from pykd.nn.slicing import feed_forward_blocks, keep_neurons
 
-sys.path.append(str(Path(__file__).parents[1]))
-routers: Any = importlib.import_module("routers")
+from .. import routers
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ from pykd.io.export.onnx_model import OnnxModel
 from pykd.models.adapter import call, logits
 from pykd.models.router import calibrate
 
-sys.path.append(str(Path(__file__).parents[2]))
-routers: Any = importlib.import_module("routers")
+from ... import routers
 
 
 def test_onnx_runtime_routes_and_answers_alike(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """How a model's inputs and answers were distributed when all was well: a JSON file that later traffic is held against.
 
 Quantities of a prediction: ``confidence`` (probability of the answer), ``entropy`` (of all classes, 0..1 of what is
-possible), ``length`` (tokens or pixels), ``latency_ms`` (of a request, so told of one of its predictions: values that
-repeat would look surer than they are), and of its embedding, the vector that the classifier reads,
+possible), ``length`` (tokens; texts alone have one), ``latency_ms`` (of a request, so told of one of its predictions:
+values that repeat would look surer than they are), and of its embedding, the vector that the classifier reads,
 ``embedding_distance`` from the baseline's mean and ``embedding_1`` ... along the baseline's principal directions.
 """
 

@@ -81,25 +81,23 @@ def measure_baseline(model: nn.Module, data: DataBundle, *, name: str = "model",
     with evaluating(model), _inputs(model) as head:
         for batch in batches(data.test, data.collate, batch_size):
             shares = logits(model, move(batch, device)).float().softmax(-1).cpu().numpy()
-            lengths = input_lengths(batch)
+            lengths = token_counts(batch) or [None] * len(shares)
             rows += [quantities(row, length=length) for row, length in zip(shares, lengths, strict=True)]
             labels += [str(data.class_names[best]) for best in shares.argmax(-1)]
             vectors.append(head.take())
     return Baseline.of(name, rows, labels, vectors=np.concatenate(vectors))
 
 
-def input_lengths(batch: dict[str, Tensor]) -> list[int]:
-    """Tokens of each row that are no padding; of images the pixels.
+def token_counts(batch: dict[str, Tensor]) -> list[int | None]:
+    """Tokens of each row that are no padding; empty for images, which have no length once they are made ready.
 
     >>> import torch
-    >>> input_lengths({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
+    >>> token_counts({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
     [2, 3]
     """
     if "attention_mask" in batch:
-        lengths: list[int] = batch["attention_mask"].sum(-1).tolist()
-        return lengths
-    inputs = next(value for name, value in batch.items() if name != "labels")
-    return [int(inputs[0].shape[-2:].numel())] * len(inputs)
+        return [int(count) for count in batch["attention_mask"].sum(-1)]
+    return [row.numel() for row in batch.get("input_ids", ())]
 
 
 @contextmanager

@@ -33,13 +33,13 @@ class UnknownPredictionError(PykdError, LookupError):
 
 @dataclass(frozen=True)
 class Seen:
-    """One request's answers: ids and classes by input, and what is known of each."""
+    """One request's answers: ids and classes by input, and what is known of each. lengths: of texts, in tokens."""
 
     model: str
     ids: Sequence[str]
     labels: Sequence[str]
     probabilities: Sequence[Sequence[float]]
-    lengths: Sequence[int]
+    lengths: Sequence[int] | None
     latency_ms: float
     vectors: Sequence[Any] | None = None
 
@@ -134,7 +134,8 @@ class Monitoring:
             watch = self._watch(seen.model)
             for row, id in enumerate(seen.ids):
                 latency_ms = None if row else seen.latency_ms
-                numbers = quantities(seen.probabilities[row], length=seen.lengths[row], latency_ms=latency_ms)
+                length = None if seen.lengths is None else seen.lengths[row]
+                numbers = quantities(seen.probabilities[row], length=length, latency_ms=latency_ms)
                 vector = None if seen.vectors is None else np.asarray(seen.vectors[row], dtype=np.float32)
                 had_baseline = watch.baseline is not None
                 kept = watch.predicted(Prediction(id, seen.labels[row], numbers, vector))

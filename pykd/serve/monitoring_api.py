@@ -65,11 +65,11 @@ def _see(state: State, monitoring: Monitoring, answered: Answered) -> None:
     probabilities = [one.probabilities for one in answered.answers if one.probabilities is not None]
     if len(probabilities) < len(answered.ids):
         return
-    names = state.models[answered.model_name].predictor.labels
-    labels = [names[one.index or 0] for one in answered.answers]
+    predictor = state.models[answered.model_name].predictor
+    labels = [predictor.labels[one.index or 0] for one in answered.answers]
+    lengths = answered.lengths if predictor.takes == "text" else None
     vectors = [one.vector for one in answered.answers if one.vector is not None]
     complete = vectors if len(vectors) == len(labels) else None
-    seen = Seen(
-        answered.model_name, answered.ids, labels, probabilities, answered.lengths, answered.latency_ms, complete
+    monitoring.see(
+        Seen(answered.model_name, answered.ids, labels, probabilities, lengths, answered.latency_ms, complete)
     )
-    monitoring.see(seen)

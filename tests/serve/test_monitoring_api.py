@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from fastapi import FastAPI
+from PIL import Image
 
+from pykd import from_pretrained
+from pykd.data import load_digits
 from pykd.errors import ArtifactError
 from pykd.monitoring import Thresholds
+from pykd.monitoring.measure import measure_baseline
 from pykd.serve import Settings
 from pykd.serve.app import create_app
 from pykd.serve.labels import MEDIA_TYPE
@@ -57,6 +66,30 @@ def test_true_labels_come_by_the_id_of_the_prediction(app: FastAPI) -> None:
     one = {"id": packed.headers["x-prediction-id"], "label": "sound"}
     assert ask(app, "POST", "/feedback", json={"labels": [one]}).json()["unknown"] == []
     assert ask(app, "POST", "/feedback", json={"labels": []}).status_code == 422
+
+
+def test_images_are_held_against_a_baseline_of_their_data_without_a_length(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    data = load_digits(image_size=16)
+    file = tmp_path / "state" / "baselines" / "image.json"
+    measure_baseline(from_pretrained(folders["image"]), data, name="image").save(file)
+    app = create_app(Settings(models=(str(folders["image"]),), state=tmp_path / "state", thresholds=THRESHOLDS))
+    shown = [item["pixel_values"] for item in itertools.islice(data.test, 60)]
+    assert predict(app, image=[drawn(pixels, data.preprocessing) for pixels in shown]).status_code == 200
+    found = ask(app, "GET", "/monitoring").json()["models"]["image"]
+    assert {"confidence", "embedding_distance", "label"} <= {drift["quantity"] for drift in found["drift"]}
+    assert found["alarms"] == []
+    app.state.pykd.close()
+
+
+def drawn(pixels: torch.Tensor, made_for: dict[str, Any]) -> str:
+    """The picture that a tensor was made of, in base64."""
+    mean, std = (torch.tensor(made_for[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+    shades = (255 * (pixels * std + mean)).round().clamp(0, 255).byte()
+    buffer = io.BytesIO()
+    Image.fromarray(shades.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def test_one_service_a_folder(app: FastAPI, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class Problem(BaseModel):
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The body is not what its headers say, or the host is not this service"},
     401: {"model": Problem, "description": "No token, or not the right one"},
+    403: {"model": Problem, "description": "A browser sent it for a page of another site"},
     408: {"model": Problem, "description": "The body took too long to arrive"},
     413: {"model": Problem, "description": "The body is too large"},
     503: {"model": Problem, "description": "The service is being stopped"},
@@ -80,6 +81,9 @@ class Doors:
         if settings.token is None and not _at_home(headers.get("host", ""), settings.host):
             # Otherwise a web page whose name was made to point here could talk to the service through a browser.
             raise Refused(400, "this service answers to the names of its own machine only")
+        if settings.token is None and scope["path"] not in self.state.public and _foreign(headers):
+            # Such a page may not read the answer, but a request alone starts a job or loads a model.
+            raise Refused(403, "a page of another site sent this: use the service's own page, or start it with a token")
         if settings.token is not None and scope["path"] not in self.state.public:
             given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, b"Bearer " + settings.token.encode("ascii")):
@@ -127,6 +131,14 @@ class Doors:
 def _at_home(host: str, own: str) -> bool:
     name = host if host.startswith("[") and host.endswith("]") else host.rpartition(":")[0] or host
     return name.lower() in (*LOOPBACK_NAMES, own)
+
+
+def _foreign(headers: Headers) -> bool:
+    """Whether a browser says that a page of another origin asks; what is no browser sends neither header."""
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != headers.get("host"):
+        return True
+    return headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

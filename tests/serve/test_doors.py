@@ -41,6 +41,26 @@ def test_a_page_of_someone_else_cannot_reach_in(make_app: Make, host: str) -> No
     assert answer.status_code == 400 and "the names of its own machine only" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [{"Origin": "http://evil.example.org"}, {"Origin": "null"}, {"Origin": "http://localhost:3000"},
+     {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}],
+)  # fmt: skip
+def test_a_page_of_someone_else_cannot_send_blindly(make_app: Make, sent: dict[str, str]) -> None:
+    app, home = make_app(), {"Host": "localhost:8000"}
+    for method, path in (("POST", "/feedback"), ("GET", "/verify_all_models"), ("GET", "/models")):
+        answer = ask(app, method, path, headers={**home, **sent})
+        assert answer.status_code == 403 and "a page of another site sent this" in answer.json()["detail"]
+    assert ask(app, "GET", "/", headers={**home, **sent}).status_code == 200  # by a link
+    bearer = {"Host": "localhost:8000", "Authorization": f"Bearer {TOKEN}"}
+    assert ask(make_app(token=TOKEN), "GET", "/models", headers={**bearer, **sent}).status_code == 200
+
+
+def test_its_own_page_is_no_stranger(make_app: Make) -> None:
+    sent = {"Host": "localhost:8000", "Origin": "http://localhost:8000", "Sec-Fetch-Site": "same-origin"}
+    assert ask(make_app(), "GET", "/models", headers=sent).status_code == 200
+
+
 def test_large_bodies_are_refused_by_what_they_say_and_by_what_they_are(make_app: Make) -> None:
     app = make_app("text", max_body_bytes=1000)
     assert predict(app, text="music").status_code == 200

@@ -33,8 +33,11 @@ class ImageClassifier:
         self.head = HeadInputs(model)
 
     def prepare(self, inputs: Sequence[bytes]) -> list[Input]:
-        pictures = [open_image(content, self.max_pixels, f"image {n}") for n, content in enumerate(inputs)]
-        return [Input(1, self.preprocess(picture)) for picture in pictures]
+        # Each is made small before the next is unpacked: a few bytes can hold as many pixels as are allowed.
+        return [self._ready(content, f"image {number}") for number, content in enumerate(inputs)]
+
+    def _ready(self, content: bytes, name: str) -> Input:
+        return Input(1, self.preprocess(open_image(content, self.max_pixels, name)))
 
     def compute(self, inputs: list[Input]) -> list[Answer]:
         return classify(self.model, {"pixel_values": torch.stack([one.content for one in inputs])}, self.head)

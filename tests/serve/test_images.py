@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import weakref
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from pykd.models.torchvision import load_torchvision
-from pykd.serve.images import open_image, preprocess_of
+from pykd.serve.images import ImageClassifier, open_image, preprocess_of
 
 
 def png(width: int, height: int) -> bytes:
@@ -31,6 +32,21 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
         with pytest.raises(ValueError, match=r"image 3 (has 25000000 pixels, allowed are 16777216|is no PNG)"):
             open_image(png(side, side), 1 << 24, "image 3")
     assert open_image(png(100, 100), 1 << 24, "image 3").size == (100, 100)
+
+
+def test_one_picture_at_a_time_is_unpacked() -> None:
+    alive: list[weakref.ref[object]] = []
+    together: list[int] = []
+
+    def shrink(picture: object) -> torch.Tensor:
+        alive.append(weakref.ref(picture))
+        together.append(sum(each() is not None for each in alive))
+        return torch.zeros(3, 2, 2)
+
+    model = load_torchvision("squeezenet1_1", num_classes=2)
+    classifier = ImageClassifier(model, ("a", "b"), shrink, max_pixels=1 << 20)
+    assert len(classifier.prepare([png(900, 900)] * 5)) == 5
+    assert together == [1] * 5
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg/>", b"%PDF-1.4", b"GIF89a" + bytes(20), png(64, 4000)[:48]])

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -64,23 +64,29 @@ class Batcher(Generic[Item, Result]):
         self._compute, self._executor, self._on_batch = compute, executor, on_batch
         self._max_batch, self._window_s, self._max_queue = max_batch, window_s, max_queue
         self._queue: list[_Waiting[Item, Result]] = []
+        self._coming = 0
         self._full: asyncio.Event | None = None
         self._worker: asyncio.Task[None] | None = None
         self._item_s = 0.0
 
     @property
     def waiting(self) -> int:
-        """Items that are not being computed yet."""
-        return len(self._queue)
+        """Items that are not being computed yet, those that are being made ready among them."""
+        return len(self._queue) + self._coming
 
-    def require_room(self, items: int) -> None:
-        """Raise QueueFullError unless so many more items may wait."""
-        if len(self._queue) + items > self._max_queue:
-            raise QueueFullError(max(1, math.ceil(len(self._queue) * self._item_s)))
+    @contextlib.contextmanager
+    def coming(self, items: int) -> Iterator[None]:
+        """Keep places for items while they are made ready. Raises QueueFullError where so many more may not wait."""
+        self._require_room(items)
+        self._coming += items
+        try:
+            yield
+        finally:
+            self._coming -= items
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
         """Answers to ``items``. Raises QueueFullError where the queue has no room, and what ``compute`` raises."""
-        self.require_room(len(items))
+        self._require_room(len(items))
         loop, now = asyncio.get_running_loop(), time.monotonic()
         fresh = [_Waiting[Item, Result](item, loop.create_future(), now) for item in items]
         self._queue += fresh
@@ -89,6 +95,10 @@ class Batcher(Generic[Item, Result]):
         elif self._full is not None and len(self._queue) >= self._max_batch:
             self._full.set()
         return list(await asyncio.gather(*(one.answer for one in fresh)))
+
+    def _require_room(self, items: int) -> None:
+        if self.waiting + items > self._max_queue:
+            raise QueueFullError(max(1, math.ceil(self.waiting * self._item_s)))
 
     async def _work(self) -> None:
         """Batch after batch, until nothing waits."""

@@ -168,16 +168,19 @@ def prediction_ids(count: int) -> list[str]:
 
 
 async def _answers(state: State, served: Served, inputs: list[Any]) -> tuple[list[Input], list[Answer]]:
-    served.batcher.require_room(len(inputs))
+    with served.batcher.coming(len(inputs)):
+        ready = await _ready(state, served, inputs)
+    return ready, await served.batcher.submit(ready)
+
+
+async def _ready(state: State, served: Served, inputs: list[Any]) -> list[Input]:
     prepare = served.predictor.prepare
     try:
         if served.predictor.takes == "text" and sum(map(len, inputs)) <= SHORT_CHARS:
-            ready = prepare(inputs)
-        else:
-            ready = await asyncio.get_running_loop().run_in_executor(state.prepare, prepare, inputs)
+            return prepare(inputs)
+        return await asyncio.get_running_loop().run_in_executor(state.prepare, prepare, inputs)
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
-    return ready, await served.batcher.submit(ready)
 
 
 def _prediction(id: str, answer: Answer, labels: tuple[str, ...], top: int) -> Prediction:

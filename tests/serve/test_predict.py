@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,31 @@ def test_a_full_queue_is_429_and_a_slow_model_504(make_app: Make) -> None:
     assert [answer.status_code for answer in answers] == [429, 504]
     assert answers[0].headers["retry-after"] == "1" and "too many inputs are waiting" in answers[0].json()["detail"]
     assert answers[1].json()["detail"] == "the prediction took longer than 0.3 s"
+
+
+def test_what_is_being_made_ready_takes_its_places_in_the_queue(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, free = make_app("text", max_queue=64), threading.Event()
+    predictor = app.state.pykd.models["text"].predictor
+    prepare = predictor.prepare
+    monkeypatch.setattr(predictor, "prepare", lambda inputs: (free.wait(20), prepare(inputs))[1])
+    long = {"text": ["network " * 10] * 40}  # more than is read in the event loop
+
+    async def crowd() -> tuple[httpx.Response, httpx.Response, str]:
+        async with client_of(app) as client:
+            first = asyncio.create_task(client.post("/predict", json=long))
+            while not app.state.pykd.in_flight:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            refused, metrics = await client.post("/predict", json=long), await client.get("/metrics")
+            free.set()
+            return await first, refused, metrics.text
+
+    first, refused, metrics = asyncio.run(crowd())
+    assert first.status_code == 200 and refused.status_code == 429
+    assert 'pykd_waiting_inputs{model="text"} 40.0' in metrics
+    assert predict(app, **long).status_code == 200
 
 
 def test_observers_see_every_answer_and_spoil_none(make_app: Make) -> None:

@@ -260,6 +260,9 @@ def test_a_plain_hugging_face_folder_goes_in(capsys: pytest.CaptureFixture[str],
     success(capsys, "quantize", tmp_path / "plain", tmp_path / "small", "--group-size", 32)
     (tmp_path / "plain" / "config.json").write_text("{")
     assert "config.json cannot be read as JSON" in failure(capsys, "verify", tmp_path / "plain")
+    for content in ("[]", '{"architectures": [5]}', '{"architectures": "Bert"}'):
+        (tmp_path / "plain" / "config.json").write_text(content)
+        assert "config.json is no configuration of a model" in failure(capsys, "verify", tmp_path / "plain")
 
 
 def test_verify_a_torchvision_model_and_find_damage(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:

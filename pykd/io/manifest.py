@@ -76,6 +76,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     check_version(manifest, str(path))
     if not isinstance(manifest.get("files"), dict):
         raise ArtifactError(f"{path} does not list the files of the model; copy the folder again.")
+    if not isinstance(manifest.get("provenance", {}), dict):
+        raise ArtifactError(f"{path} does not say where the model comes from; copy the folder again.")
     return dict(manifest)
 
 

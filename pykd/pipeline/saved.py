@@ -193,8 +193,11 @@ def tokenizer_of(folder: Path) -> Any:
 def _task(folder: Path) -> str:
     """The task whose auto class fits the architecture that a Hugging Face folder names."""
     try:
-        names = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("architectures") or ["none"]
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder / CONFIG} cannot be read as JSON ({error}); copy the folder again") from None
+    names = (config.get("architectures") if isinstance(config, dict) else None) or ["none"]
+    if not isinstance(config, dict) or not isinstance(names, list) or not isinstance(names[0], str):
+        raise ArtifactError(f"{folder / CONFIG} is no configuration of a model; copy the folder again")
     ends = {auto.removeprefix("AutoModel"): task for task, auto in TASKS.items() if auto != "AutoModel"} | OTHER_ENDS
     return next((task for end, task in ends.items() if names[0].endswith(end)), "feature-extraction")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from pykd.pipeline.verified import check_reference, check_saved
 from pykd.serve.doors import Problem
 from pykd.serve.roots import OutsideRootsError, below_roots, check_folder
 from pykd.serve.state import State, within
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -116,6 +119,9 @@ def _check(name: str, work: Callable[[], dict[str, Any]]) -> Check:
         facts = {**work(), "ok": True}
     except PykdError as error:
         facts = {"ok": False, "reason": " ".join(str(error).split())}
+    except Exception as error:  # what the library of a model makes of a damaged folder
+        logger.warning("%s failed its check", name, exc_info=True)
+        facts = {"ok": False, "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     facts["architecture"] = facts.pop("class", None)
     return Check(**{**facts, "model": name, "seconds": time.perf_counter() - started})
 

@@ -73,6 +73,9 @@ def test_a_damaged_manifest_is_refused(folder: Path) -> None:
     rewrite(folder, files=None)
     with pytest.raises(ArtifactError, match="does not list the files"):
         read_manifest(folder)
+    rewrite(folder, files={}, provenance=[])
+    with pytest.raises(ArtifactError, match="does not say where the model comes from"):
+        read_manifest(folder)
     (folder / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read as JSON"):
         read_manifest(folder)

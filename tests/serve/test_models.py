@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 
 from pykd.errors import ArtifactError
 from pykd.io.files import sha256
+from pykd.io.manifest import MANIFEST
 from pykd.models.huggingface import load_huggingface
 from pykd.serve import Settings
 from pykd.serve import models as part
@@ -75,6 +77,16 @@ def test_damage_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
         file.write(b"\x7f")
     said = check(create_app(Settings(roots=(tmp_path,))), "text").json()
     assert not said["ok"] and "model.safetensors is altered: expected sha256" in said["reason"]
+
+
+def test_whatever_a_folder_makes_of_its_loading_is_the_reason(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["text"], tmp_path / "text")
+    manifest = tmp_path / "text" / MANIFEST
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "provenance": {"data": [1]}}))
+    app = create_app(Settings(roots=(tmp_path,)))
+    said = check(app, "text").json()
+    assert not said["ok"] and said["reason"] == "AttributeError: 'list' object has no attribute 'get'"
 
 
 @pytest.mark.parametrize("name", ["../text", "/etc", "none", "gpt2", "text\0", "text" * 200])

@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import time
+import typing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +78,16 @@ class JobRecords:
                 content = json.loads(file.read_text(encoding="utf-8"))
                 if content.pop("format_version") != FORMAT_VERSION or not ID.fullmatch(content["id"]):
                     raise ValueError("another format")
-                jobs.append(replace(Job(**content), overrides=tuple(content["overrides"])))
+                jobs.append(_sound(replace(Job(**content), overrides=tuple(content["overrides"])), file))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 logger.warning("%s is no record of a job that can be read (%s): passed over", file, error)
         return {job.id: job for job in sorted(jobs, key=lambda job: job.created)}
+
+
+def _sound(job: Job, file: Path) -> Job:
+    """The job, if its values are what a service writes: they name a file to delete and a process to signal."""
+    if job.id != file.stem or job.status not in typing.get_args(Status) or not isinstance(job.created, int | float):
+        raise ValueError("its id, status or time is none")
+    if not all(number is None or (type(number) is int and number > 0) for number in (job.pid, job.pid_started)):
+        raise ValueError("its process has no number")
+    return job

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,26 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from pykd.errors import PykdError
+from pykd.serve import processes
 from pykd.serve.allowed import AllowedRecipes
 from pykd.serve.job_records import Job, JobRecords
+from pykd.serve.progress import tail
 
 logger = logging.getLogger(__name__)
 
 #: Seconds from one look at a process that another service started to the next.
 POLL_S = 0.5
-#: Runs give way to the service's own answers.
-NICENESS = 10
-#: A process of the background may have inherited that Ctrl-C is ignored: a run must hear it, to leave a checkpoint.
-PROGRAM = (
-    "import os, signal, sys\n"
-    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    f"os.nice({NICENESS})\n"
-    "from pykd.cli import main\n"
-    "sys.exit(main())\n"
-)
-#: Variables of the service that are none of a job's business.
-SECRETS = ("PYKD_TOKEN",)
-INTERRUPTED = (130, -signal.SIGINT, -signal.SIGKILL, -signal.SIGTERM)
 
 
 class TooManyJobsError(PykdError):
@@ -67,7 +54,7 @@ class Jobs:
         *,
         limit: int = 1,
         grace_s: float = 30.0,
-        program: Sequence[str] = (sys.executable, "-c", PROGRAM),
+        program: Sequence[str] = processes.PYKD,
     ) -> None:
         self.folder, self.recipes, self.limit, self.grace_s = Path(folder).resolve(), recipes, limit, grace_s
         self._program, self._lock = tuple(program), threading.RLock()
@@ -102,7 +89,7 @@ class Jobs:
             job = self.get(id)
             if job.status == "running":
                 job = self._keep(replace(job, status="stopping"))
-                self._signal(job, signal.SIGINT)
+                processes.send(job.pid, job.pid_started, signal.SIGINT)
                 timer = threading.Timer(self.grace_s, self._kill, (id, job.pid))
                 timer.daemon = True
                 timer.start()
@@ -118,6 +105,7 @@ class Jobs:
             self.output(id).unlink(missing_ok=True)
             self._records.remove(job)
             del self._jobs[id]
+            self._threads.pop(id, None)
 
     def get(self, id: str) -> Job:
         """A job as it is now. Raises UnknownJobError."""
@@ -168,30 +156,26 @@ class Jobs:
         words += ["--resume"] if resume else []
         words += ["--short"] if job.short else []
         words += [word for override in job.overrides for word in ("--set", override)]
-        environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
         self.run(job.id).parent.mkdir(parents=True, exist_ok=True)
-        job = self._keep(job)  # a full disk is met before there is a process
+        self._records.write(job)  # a full disk is met before there is a process, or a job that would take a place
         try:
-            with open(self.output(job.id), "ab") as output:
-                process = subprocess.Popen(
-                    [*self._program, *words],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                )
+            process = processes.start([*self._program, *words], self.output(job.id))
         except OSError as error:
             self._keep(replace(job, status="failed", ended=time.time(), error=f"it could not be started: {error}"))
             raise
-        job = self._keep(replace(job, pid=process.pid, pid_started=_started(process.pid)))
+        job = self._keep(replace(job, pid=process.pid, pid_started=processes.began(process.pid)))
         logger.info("job %s: %s (%s) as process %d", job.id, job.recipe, "resumed" if resume else "new", process.pid)
         self._watch(job, process)
         return job
 
     def _keep(self, job: Job) -> Job:
+        """Know the job as it is now. A disk that takes no record of it must keep nobody from stopping it."""
         self._jobs[job.id] = job
-        return self._records.write(job)
+        try:
+            self._records.write(job)
+        except PykdError as error:
+            logger.warning("job %s is %s, but its record is an old one: %s", job.id, job.status, error)
+        return job
 
     def _watch(self, job: Job, process: subprocess.Popen[bytes] | None) -> None:
         thread = threading.Thread(target=self._wait, args=(job, process), name=f"pykd-job-{job.id}", daemon=True)
@@ -202,16 +186,16 @@ class Jobs:
         """Until the process ends; one that an earlier service started is no child of this one and is polled."""
         code: int | None
         if process is not None:
-            code = process.wait()
+            code = processes.end_of(process)
         else:
-            while job.pid is not None and _started(job.pid) == job.pid_started is not None:
+            while processes.alive(job.pid, job.pid_started):
                 time.sleep(POLL_S)
             code = 0 if self._run_finished(job.id) else None
         with self._lock:
             done = replace(self._jobs[job.id], ended=time.time(), exit_code=code, pid=None, pid_started=None)
             if code == 0:
                 done = replace(done, status="finished")
-            elif code is None or code in INTERRUPTED:
+            elif code is None or code in processes.INTERRUPTED:
                 done = replace(done, status="interrupted")
             else:
                 done = replace(done, status="failed", error=self._last_line(job.id))
@@ -219,12 +203,12 @@ class Jobs:
         logger.info("job %s: %s%s", job.id, done.status, f" ({done.error})" if done.error else "")
 
     def _run_finished(self, id: str) -> bool:
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return bool(json.loads((self.run(id) / "run.json").read_text(encoding="utf-8"))["finished"])
         return False
 
     def _last_line(self, id: str) -> str:
-        lines = self.output(id).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = tail(self.output(id))
         return next(
             (line for line in reversed(lines) if line.startswith("pykd: ")), lines[-1] if lines else "no message"
         )
@@ -233,20 +217,4 @@ class Jobs:
         with self._lock:
             job = self._jobs.get(id)
             if job is not None and job.active and job.pid == pid:
-                self._signal(job, signal.SIGKILL)
-
-    @staticmethod
-    def _signal(job: Job, number: int) -> None:
-        """To the run and the processes that it has started, if it is still the same one."""
-        if job.pid is not None and _started(job.pid) == job.pid_started is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(job.pid, number)
-
-
-def _started(pid: int) -> int | None:
-    """When a process began, in clock ticks since the machine did; None when it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else int(fields[19])
+                processes.send(job.pid, job.pid_started, signal.SIGKILL)

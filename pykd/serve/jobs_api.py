@@ -77,7 +77,7 @@ def router(state: State) -> APIRouter:
         response_model=None,
     )
     async def shown(id: str, accept: Annotated[str, Header()] = "*/*") -> Response | dict[str, Any]:
-        job = told(lambda: jobs.get(id))
+        job = await run_in_threadpool(told, lambda: jobs.get(id))  # may wait for another that is started or removed
         watched = Progress(jobs.run(id))
         if EVENTS in accept:
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from pykd.errors import ArtifactError
 from pykd.serve.allowed import AllowedRecipes
-from pykd.serve.jobs import PROGRAM, Jobs, JobStateError, TooManyJobsError, UnknownJobError, _started
+from pykd.serve.job_records import Job, JobRecords
+from pykd.serve.jobs import Jobs, JobStateError, TooManyJobsError, UnknownJobError
+from pykd.serve.processes import PROGRAM, began
 from pykd.serve.progress import Progress, report_of
 
 #: What stands for `pykd`: a process that begins a run, and then does what the recipe's file name says.
 STAND_IN = """
-import json, os, pathlib, signal, sys, time
+import json, os, pathlib, signal, subprocess, sys, time
 words = sys.argv[1:]
 kind, folder = pathlib.Path(words[1]).stem, pathlib.Path(words[words.index("--output") + 1])
 folder.mkdir(parents=True, exist_ok=True)
@@ -31,6 +34,10 @@ with open(folder / "events.jsonl", "a") as events:
 print(" ".join(words), os.environ.get("PYKD_TOKEN"), flush=True)
 if kind == "broken":
     sys.exit(print("pykd: the data is not there") or 2)
+if kind == "killed":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 if kind == "stubborn":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("deaf", flush=True)
@@ -49,7 +56,7 @@ RECIPE = (Path(__file__).parent.parent.parent / "recipes" / "digits_transformer.
 def recipes(tmp_path: Path) -> AllowedRecipes:
     folder = tmp_path / "recipes"
     folder.mkdir()
-    for name in ("quick", "slow", "stubborn", "broken"):
+    for name in ("quick", "slow", "stubborn", "broken", "killed"):
         (folder / f"{name}.yaml").write_text(RECIPE, encoding="utf-8")
     return AllowedRecipes(folder)
 
@@ -150,6 +157,34 @@ def test_a_process_that_cannot_be_started_takes_no_place(tmp_path: Path, recipes
     assert [each.status for each in Jobs(tmp_path / "state", recipes).list()] == ["failed"]
 
 
+def test_what_a_killed_run_had_started_ends_with_it(make: Callable[..., Jobs]) -> None:
+    jobs = make()
+    done = jobs.wait(jobs.start("killed.yaml", {}).id, 20)
+    assert (done.status, done.exit_code) == ("interrupted", -signal.SIGKILL)
+    child = int(printed(jobs, done.id).split()[-1])
+    until(lambda: began(child) is None)
+
+
+def test_a_full_disk_takes_no_place_and_keeps_no_job_running(
+    make: Callable[..., Jobs], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: JobRecords, job: Job) -> Job:
+        raise ArtifactError("no space left on the disk")
+
+    jobs = make(limit=1)
+    with monkeypatch.context() as disk:
+        disk.setattr(JobRecords, "write", full)
+        with pytest.raises(ArtifactError, match="no space left"):
+            jobs.start("slow.yaml", {})
+    assert jobs.list() == []
+    job = jobs.start("slow.yaml", {})
+    until(lambda: printed(jobs, job.id))
+    monkeypatch.setattr(JobRecords, "write", full)
+    jobs.stop(job.id)
+    assert jobs.wait(job.id, 20).status == "interrupted"
+    assert f"job {job.id} is interrupted, but its record is an old one: no space left on the disk" in caplog.text
+
+
 def test_jobs_end_with_their_service_and_are_known_after_it(make: Callable[..., Jobs]) -> None:
     jobs = make(limit=2)
     done, slow = jobs.start("quick.yaml", {}), jobs.start("slow.yaml", {})
@@ -178,7 +213,7 @@ time.sleep(60)
         process.kill()
     records = {id: json.loads((tmp_path / "state" / "jobs" / f"{id}.json").read_text()) for id in (alive, dead)}
     os.kill(records[dead]["pid"], signal.SIGKILL)
-    until(lambda: _started(records[dead]["pid"]) is None)
+    until(lambda: began(records[dead]["pid"]) is None)
     jobs = make(limit=2)
     until(lambda: not jobs.get(dead).active)
     assert jobs.get(dead).status == "interrupted" and jobs.get(alive).status == "running"
@@ -193,6 +228,9 @@ def test_a_process_number_that_was_given_away_is_not_signalled(make: Callable[..
     content = json.loads(record.read_text())
     record.write_text(json.dumps({**content, "status": "running", "pid": os.getpid(), "pid_started": 1}))
     (jobs.folder / "jobs" / "torn.json").write_text('{"format_version": 1, "id"')
+    for number, wrong in enumerate(({}, {"status": "odd"}, {"created": "now"}, {"pid": "12"}, {"pid": -1})):
+        other = {"id": f"{number:016x}", **wrong} if wrong else {}
+        (jobs.folder / "jobs" / f"{number:016x}.json").write_text(json.dumps({**content, **other}))
     again = make()
     again.stop(job.id)
     assert again.wait(job.id, 20).status == "finished" and [job.id for job in again.list()] == [job.id]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ from fastapi import FastAPI
 
 from pykd.serve import Settings
 from pykd.serve.app import create_app
-from pykd.serve.jobs import _started
+from pykd.serve.jobs import Jobs, UnknownJobError
+from pykd.serve.processes import began
 
-from .conftest import ask
+from .conftest import ask, client_of
 from .running import listening
 
 ID = "0123456789abcdef"
@@ -149,7 +153,7 @@ def test_unknown_jobs(app: FastAPI, id: str) -> None:
 
 def test_all_places_taken(app: FastAPI, tmp_path: Path) -> None:
     # The first process of the machine: one that runs, and is none of ours.
-    write_record(tmp_path, status="running", pid=1, pid_started=_started(1))
+    write_record(tmp_path, status="running", pid=1, pid_started=began(1))
     other = restarted(app)
     answer = ask(other, "POST", "/jobs", json={"recipe": "tiny.yaml"})
     assert answer.status_code == 429 and answer.headers["retry-after"] == "30", answer.text
@@ -161,3 +165,25 @@ def test_without_a_folder_there_are_no_jobs(tmp_path: Path, recipes: Path) -> No
     assert ask(create_app(Settings()), "GET", "/recipes").status_code == 404
     with pytest.raises(ValueError, match=r"recipes \S+ must be a folder, and state name one for their runs"):
         Settings(recipes=recipes)
+
+
+def test_a_look_at_a_job_that_must_wait_holds_nobody_up(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+
+    def get(self: Jobs, id: str) -> None:
+        free.wait(5)
+        raise UnknownJobError("it has been removed")
+
+    async def scenario() -> tuple[float, int]:
+        async with client_of(app) as client:
+            look = asyncio.create_task(client.get(f"/jobs/{ID}"))
+            await asyncio.sleep(0.05)
+            began_at = time.monotonic()
+            assert (await client.get("/healthz")).status_code == 200
+            waited = time.monotonic() - began_at
+            free.set()
+            return waited, (await look).status_code
+
+    monkeypatch.setattr(Jobs, "get", get)
+    waited, status = asyncio.run(scenario())
+    assert waited < 4 and status == 404

@@ -173,6 +173,7 @@ def test_the_hash_is_of_what_is_computed() -> None:
             r"student: a student with a router is made of the teacher's layers: leave the other keys out",
         ),
         ("student", {"router": {"expert": 2}}, r"student\.router\.expert: unknown key 'expert': did you mean 'expe"),
+        ("student", {"router": {"experts": 1}}, r"student\.router: each token goes through 2 of 1 experts: lower exp"),
         ("stages/1", {"calibrate": {}}, r"stages\[1\]\.calibrate needs a student with a router"),
         ("data", {"image_size": 8}, r"data\.kind: the key is missing: one of digits, text, tokens, pairs, language"),
         ("data/kind", "digit", r"data\.kind: unknown kind 'digit': did you mean 'digits'\?"),
@@ -284,6 +285,27 @@ def test_prune_takes_a_pattern_as_yaml_reads_it_and_refuses_what_the_method_does
             load_recipe(GOOD, overrides=[f"stages[1].prune={setting}"])
 
 
+@pytest.mark.parametrize(
+    ("stages", "sentence"),
+    [
+        ("[{chain: {students: {a: {depth: 1}}, teachers: [{name: x}]}}]", r"chain does not read teachers: put it"),
+        ("[{compress_to: {ratio: 2, guard: {}, teacher_weight: 2}}]", r"to does not read guard and teacher_weight: "),
+        ("[{quantize: {candidates: [w8a16]}}]", r"quantize: candidates are what scheme 'mixed' chooses from, got .*w4"),
+    ],
+)
+def test_keys_that_a_stage_would_not_read_are_refused(stages: str, sentence: str) -> None:
+    content = {key: value for key, value in GOOD.items() if key != "student"}
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe(content, overrides=[f"stages={stages}"])
+
+
+def test_a_threshold_is_drawn_for_a_router_that_learns() -> None:
+    for routing in ("fast", "deep"):
+        student = {"router": {"routing": routing}}
+        with pytest.raises(RecipeError, match=r"stages\[1\]\.calibrate needs a student with a router that learns"):
+            load_recipe({**GOOD, "student": student, "stages": [{"distill": {}}, {"calibrate": {}}]})
+
+
 def test_gradual_pruning_is_a_part_of_a_training() -> None:
     read = load_recipe(GOOD, overrides=["stages[0].distill.gradual={method: movement, pattern: 2:4}"])
     assert read.stages[0].distill is not None and read.stages[0].distill.gradual is not None
@@ -297,7 +319,7 @@ def test_gradual_pruning_is_a_part_of_a_training() -> None:
         ("distill={gradual: {sparsty: 0.5}}", r"unknown key 'sparsty': did you mean 'sparsity'"),
         (
             "compress_to={ratio: 2, gradual: {}}",
-            r"stages\[0\]\.compress_to does not prune meanwhile: put gradual under recover",
+            r"stages\[0\]\.compress_to does not read gradual: put it under distill or recover",
         ),
     ):
         stage = GOOD if setting.startswith("distill") else {**GOOD, "stages": [{}]}

@@ -70,17 +70,21 @@ def components(content: Content) -> dict[str, Edit]:
             found[name] = _without_stage(index)
     for loss in dict.fromkeys(loss for stage in content["stages"] for loss in _losses(stage)):
         found[f"losses.{loss}"] = _without_loss(loss)
-    routers = [part for part in ("teacher", "student") if _config(content, part).get("model_type") == "pykd-router"]
-    for name, values in ROUTER.items() if routers else ():
-        found[name] = _setting(name, {f"{part}.config.{k}": v for part in routers for k, v in values.items()})
+    if _routers(content):
+        found |= {name: _of_routers(values) for name, values in ROUTER.items()}
     students = list(content["stages"][0].get("chain", {}).get("students", ()))
     if len(students) > 1:
         found |= {f"students.{name}": _without_student(name) for name in students}
     return found
 
 
-def _config(content: Content, part: str) -> dict[str, Any]:
-    return dict((content.get(part) or {}).get("config") or {})
+def _routers(content: Content) -> list[Content]:
+    """The sections that describe a router: configurations of the family, and students made of a teacher's layers."""
+    models = [content.get("teacher"), content.get("student")]
+    models += (content["stages"][0].get("chain") or {}).get("students", {}).values()
+    configs = [model["config"] for model in models if model and model.get("config")]
+    sections = [model["router"] for model in models if model and model.get("router") is not None]
+    return [config for config in configs if config.get("model_type") == "pykd-router"] + sections
 
 
 def _known(entry: str, parts: dict[str, Edit]) -> dict[str, Edit]:
@@ -144,6 +148,18 @@ def _setting(name: str, values: dict[str, Any]) -> Edit:
     def edit(content: Content) -> None:
         for key, value in values.items():
             set_key(content, key, value, where=f"ablate: {name}")
+
+    return edit
+
+
+def _of_routers(values: dict[str, Any]) -> Edit:
+    """These values in every router; where no router is left, no threshold is drawn either."""
+
+    def edit(content: Content) -> None:
+        for section in _routers(content):
+            section.update(values)
+        if "routing" in values:
+            content["stages"] = [stage for stage in content["stages"] if "calibrate" not in stage]
 
     return edit
 

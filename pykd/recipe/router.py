@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pykd.recipe.section import Section
 
@@ -21,6 +21,15 @@ class Router(Section):
     deep_share: float = Field(0.3, gt=0, lt=1, description="share of the rows that the deep branch is meant for")
     load_weight: float = Field(0.3, ge=0, description="of the loss that keeps that share while training")
     balance_weight: float = Field(0.01, ge=0, description="of the loss that has all experts used")
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Router:
+        if 0 < self.experts < self.experts_per_token:
+            raise ValueError(
+                f"each token goes through {self.experts_per_token} of {self.experts} experts: lower experts_per_token, "
+                "or take more experts"
+            )
+        return self
 
 
 class Calibrate(Section):

@@ -22,6 +22,11 @@ from pykd.recipe.train import Train
 
 #: The scheme of a recipe that chooses one for every layer.
 MIXED = "mixed"
+#: Stages that train many models, each in the same way -> keys of a single training that they do not take.
+UNREAD = {
+    "chain": ("gradual", "teachers", "teacher_weight"),
+    "compress_to": ("gradual", "guard", "teachers", "teacher_weight"),
+}
 
 
 class Distill(Train):
@@ -176,6 +181,8 @@ class Quantize(Section):
         if (self.scheme == MIXED) != (self.bits is not None):
             raise ValueError(f"scheme 'mixed' and its budget `bits` go together, got {self.scheme!r} and {self.bits}")
         if self.scheme != MIXED:
+            if "candidates" in self.model_fields_set:
+                raise ValueError(f"candidates are what scheme 'mixed' chooses from, got scheme {self.scheme!r}")
             check_method(self.scheme, self.method, symmetric=self.symmetric)
         return self
 
@@ -324,15 +331,20 @@ class Recipe(Section):
         if self.study is not None and [stage.kind for stage in self.stages] != ["chain"]:
             raise ValueError("study ranks the students of a chain: it goes with a single stage, `chain`")
         for index, stage in enumerate(self.stages):
-            if stage.kind in ("chain", "compress_to") and getattr(stage.settings, "gradual", None) is not None:
-                raise ValueError(f"stages[{index}].{stage.kind} does not prune meanwhile: put gradual under recover")
+            given = stage.settings.model_fields_set
+            unread = [key for key in UNREAD.get(stage.kind, ()) if key in given and getattr(stage.settings, key)]
+            if unread:
+                raise ValueError(
+                    f"stages[{index}].{stage.kind} does not read {' and '.join(unread)}: put it under distill or recover"
+                )
             if stage.kind == "distill" and self.student is None:
                 raise ValueError(f"stages[{index}].distill needs a student: add one, or use recover to fine-tune")
             if stage.kind == "chain" and (index or self.student is not None):
                 raise ValueError(f"stages[{index}].chain makes its own students: put it first and leave `student` out")
-            if stage.kind == "calibrate" and (self.student is None or self.student.router is None):
+            router = self.student.router if self.student is not None else None
+            if stage.kind == "calibrate" and (router is None or router.routing != "learned"):
                 raise ValueError(
-                    f"stages[{index}].calibrate needs a student with a router: `student: {{router: {{}}}}`"
+                    f"stages[{index}].calibrate needs a student with a router that learns: `student: {{router: {{}}}}`"
                 )
             if packed is not None and stage.kind not in ("quantize", "qat", "calibrate"):
                 earlier = self.stages[packed].kind

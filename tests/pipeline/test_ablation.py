@@ -55,6 +55,23 @@ def test_components_of_a_chain_and_of_a_router(tiny: dict[str, Any]) -> None:
     assert found["losses.load"] == {**config, "load_weight": 0.0}
 
 
+def test_components_of_a_router_made_of_the_teacher(tiny: dict[str, Any]) -> None:
+    student = {"router": {"experts": 4, "deep_share": 0.2}}
+    stages: list[Any] = [{"distill": {"alpha": 1.0}}, {"quantize": {}}, {"calibrate": {}}]
+    recipe = {**tiny, "student": student, "stages": stages, "ablate": ["experts", "router", "losses"]}
+    found = {one.name: one.recipe for one in variants(load_recipe(recipe))}
+    kept: dict[str, Any] = {name: one.student and one.student.router for name, one in found.items()}
+    assert list(kept) == ["experts", "router", "losses.load", "losses.balance"]
+    assert (kept["experts"].experts, kept["router"].routing, kept["router"].deep_share) == (0, "deep", 0.2)
+    assert (kept["losses.load"].load_weight, kept["losses.balance"].balance_weight) == (0.0, 0.0)
+    kinds = {name: [stage.kind for stage in one.stages] for name, one in found.items()}
+    assert kinds["router"] == ["distill", "quantize"] and kinds["experts"][-1] == "calibrate", "nothing to draw there"
+    chain = {**tiny, "stages": [{"chain": {"students": {"a.b": student, "c": {"depth": 1}}}}], "ablate": ["experts"]}
+    (one,) = variants(load_recipe(chain))
+    made = one.recipe.stages[0].chain
+    assert made is not None and made.students["a.b"].router is not None and made.students["a.b"].router.experts == 0
+
+
 def test_what_cannot_be_left_out_is_said_before_anything_runs(tiny: dict[str, Any], tmp_path: Path) -> None:
     recipe = {**tiny, "stages": [{"prune": {}}, {"recover": {}}]}
     with pytest.raises(RecipeError, match=r"unknown component 'stages\.prine': did you mean 'stages\.prune'\?"):

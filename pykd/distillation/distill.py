@@ -83,8 +83,8 @@ def distill(
     teacher: one, or several whose terms are averaged by ``teacher_weights`` (equal by default). teacher_scheme: "w8a8",
     "w8a16" or "w4a16" runs quantized copies of the teachers, in less memory. Teachers run in eval mode without
     gradients; when the run has several epochs over a fixed training set and all logits fit in ``cache_bytes``, they are
-    computed once. A :class:`TeacherCache` in the
-    teacher's place says what :func:`cache_teacher` kept of it; the loss is then ``kd_loss_topk``. student_tokenizer,
+    computed once. A :class:`TeacherCache` in the teacher's place says what :func:`cache_teacher` kept of it; the loss
+    is then ``kd_loss_topk``, and options that need the teacher itself are refused. student_tokenizer,
     teacher_tokenizer: if both are given they must be equal, and the widths of the logits may then differ by padding.
     The other options are those of :class:`pykd.training.TrainConfig` and :func:`pykd.training.fit`, among them
     ``prune``, sparsity that rises meanwhile (:class:`pykd.Gradual`); a ``guard`` without ``validate`` guards the
@@ -119,7 +119,16 @@ def distill(
     methods, settings = resolve(method), {"temperature": temperature, "alpha": alpha}
     source: Teacher | Offline
     if isinstance(teacher, TeacherCache):
-        classes = check_offline(student, teacher, methods=methods, temperature=temperature)
+        classes = check_offline(
+            student,
+            teacher,
+            methods=methods,
+            temperature=temperature,
+            teacher_weights=teacher_weights,
+            teacher_scheme=teacher_scheme,
+            student_tokenizer=student_tokenizer,
+            teacher_tokenizer=teacher_tokenizer,
+        )
         source, cached, names = Offline(teacher, data), True, [teacher.manifest["teacher"]["class"]]
         loss_fn, terms = _offline_loss(source, classes, temperature, alpha), None
     else:

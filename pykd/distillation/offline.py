@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -57,12 +58,22 @@ class Offline:
                             temperature=temperature, alpha=alpha, shift=shift)  # fmt: skip
 
 
-def check_offline(student: nn.Module, cache: TeacherCache, *, methods: Sequence[Weighted], temperature: float) -> int:
-    """The classes of both, if the student can learn from the cache in this way; else ValueError."""
+def check_offline(
+    student: nn.Module, cache: TeacherCache, *, methods: Sequence[Weighted], temperature: float, **options: Any
+) -> int:
+    """The classes of both, if the student can learn from the cache in this way; else ValueError.
+
+    options: those of `distill` that need the teacher itself, None where they were left out.
+    """
     require_finite_weights(student, "student")
     named = " + ".join(each.name for each in methods)
     if named != "logits":
         raise ValueError(f"a cached teacher has no logits for method {named!r}: use method='logits', or the teacher")
+    given = [name for name, value in options.items() if value is not None]
+    if methods[0].weight != 1.0 or methods[0].method.options:
+        given.append(f"method {named!r} with a weight or options")
+    if given:
+        raise ValueError(f"{' and '.join(given)} would change nothing with a cached teacher: leave it out")
     if num_classes(student) != cache.classes:
         raise ValueError(f"the student has {num_classes(student)} classes, the cached teacher {cache.classes}")
     if cache.missing == "tail" and temperature != cache.temperature:

@@ -334,9 +334,8 @@ class Recipe(Section):
             given = stage.settings.model_fields_set
             unread = [key for key in UNREAD.get(stage.kind, ()) if key in given and getattr(stage.settings, key)]
             if unread:
-                raise ValueError(
-                    f"stages[{index}].{stage.kind} does not read {' and '.join(unread)}: put it under distill or recover"
-                )
+                keys = " and ".join(unread)
+                raise ValueError(f"stages[{index}].{stage.kind} does not read {keys}: put it under distill or recover")
             if stage.kind == "distill" and self.student is None:
                 raise ValueError(f"stages[{index}].distill needs a student: add one, or use recover to fine-tune")
             if stage.kind == "chain" and (index or self.student is not None):

@@ -54,7 +54,8 @@ def finetune(
 ) -> Model:
     """Train ``model`` on labels by cross entropy, in place; returns it with a record in ``model.pykd_report``.
 
-    Labels are class numbers 0..classes-1, one a row or one a position; -100 is ignored. Causal language models (their
+    Labels are class numbers 0..classes-1, one a row or one a position; -100 is ignored, and the loss of a batch in
+    which nothing else stands is 0. Causal language models (their
     logits of position i) are scored against label i + 1. The other options are those of :class:`TrainConfig` and
     :func:`fit`, among them ``prune``, sparsity that rises meanwhile; a ``guard`` without ``validate`` guards the
     accuracy on the held-out split.
@@ -126,8 +127,10 @@ def _losses(model: nn.Module, batch: Batch, *, classes: int, label_smoothing: fl
     check_shapes(scores, labels)
     if predicts_next(model):
         scores, labels = scores[:, :-1], labels[:, 1:]
-    flat = scores.float().flatten(0, -2)
-    loss = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
+    flat, labels = scores.float().flatten(0, -2), labels.flatten()
+    options: dict[str, Any] = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
+    total = F.cross_entropy(flat, labels, reduction="sum", **options)
+    loss = total / (labels != IGNORED).sum().clamp_min(1)  # 0, and not 0 / 0, where no label counts
     return with_auxiliary(loss, auxiliary_losses(output))
 
 

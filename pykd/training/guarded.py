@@ -29,7 +29,7 @@ def guarded_change(
     ``guard.retention`` of ``guard.teacher`` if the model before did. Else, with ``bisect``, the layers that did it are
     looked for: halves of the changed layers are tried on top of those found harmless, down to single layers, and the
     others are left as they are. What was decided, with its numbers, is the entry ``guard`` of the last record in
-    ``pykd_report``.
+    ``pykd_report``. Raises ValueError for a metric that ``validate`` does not return.
 
     >>> from pykd.pruning import prune  # doctest: +SKIP
     >>> cut = lambda model, exclude: prune(model, sparsity=0.9, exclude=list(exclude) or None)
@@ -37,6 +37,8 @@ def guarded_change(
     """
     metrics = dict(validate(model))
     name = guard.metric or next(iter(metrics))
+    if name not in metrics:
+        raise ValueError(f"the guard's metric {name!r} is not among those of validate: {', '.join(metrics)}")
     before, decisions = float(metrics[name]), []
 
     def attempt(excluded: Sequence[str], what: str) -> nn.Module | None:

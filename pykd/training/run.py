@@ -79,7 +79,7 @@ class Run:
         for group in parameter_groups(self.modules.values(), weight_decay=config.weight_decay, apart_from=mine):
             self.optimizer.add_param_group(group)
         self.beside = [p for module in self.modules.values() for p in module.parameters()]
-        self.lr_scale = 1.0
+        self.lr_scale, self.unlabelled = 1.0, False
         self.store = Store(checkpoint_dir, keep=config.keep_checkpoints)
         self.history = History(total_steps=config.total_steps(self.source.steps_per_epoch))
         self.identity = {
@@ -115,6 +115,8 @@ class Run:
             found["skipped"] = float(not math.isfinite(norm))
             norm = norm if math.isfinite(norm) else 0.0
         self._require_finite({"loss": found["loss"], "grad_norm": norm}, number)
+        if found["loss"] == 0.0:
+            self._warn_of_labels(parts, number)
         engine.update(self.optimizer)
         record = {"step": float(number + 1), "epoch": (number + 1) / self.source.steps_per_epoch}
         self.history.records.append(record | {"lr": rate * self.lr_scale, "grad_norm": norm} | found | pruned)
@@ -220,7 +222,7 @@ class Run:
             weights = [count / whole for count in counts]
         sums: dict[str, Any] = {}
         for index, ((batch, _), weight) in enumerate(zip(parts, weights, strict=True)):
-            if weight == 0.0 and engine.processes == 1:
+            if weight == 0.0 and any(weights) and engine.processes == 1:
                 continue
             with engine.partial(self.called, last=index == len(parts) - 1):
                 with engine.autocast():
@@ -230,6 +232,12 @@ class Run:
                 value = value.detach() if isinstance(value, Tensor) else value
                 sums[name] = value if weights == [1.0] else sums.get(name, 0.0) + weight * value
         return sums
+
+    def _warn_of_labels(self, parts: list[Part], number: int) -> None:
+        """Once a run: nothing is learned from batches without labels, which a loss of 0 does not tell."""
+        if not self.unlabelled and not any(counted(self.model, batch) for batch, _ in parts):
+            self.unlabelled = True
+            logger.warning("step %d: no label of its batches counts (all are -100): nothing is learned", number + 1)
 
     def _require_finite(self, values: dict[str, float], number: int) -> None:
         for name, value in values.items():

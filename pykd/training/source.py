@@ -112,6 +112,11 @@ class Source:
         for position in range(self.steps_per_epoch):
             seed_everything(self.seed, first + position)
             read = [batch for _, batch in zip(range(self.accumulate * self.dealers), batches, strict=False)]
+            if not read:
+                raise DataError(
+                    f"the loader's length is {len(self.data)} batches, but epoch {epoch + 1} ended before: give a "
+                    "loader that begins again each epoch and has as many batches as it says"
+                )
             if position < start:
                 continue
             if self.processes > 1:

@@ -55,6 +55,18 @@ def test_positions_without_a_label_do_not_count() -> None:
     assert model.pykd_report[0]["first_loss"] == pytest.approx(want)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_without_labels_is_passed_over_and_said(accumulate: int, caplog: pytest.LogCaptureFixture) -> None:
+    batches = [{"pixel_values": torch.ones(4, 6), "labels": torch.full((4,), 1 if at < 2 else -100)} for at in range(4)]
+    model = nn.Linear(6, 3)
+    finetune(model, batches, accumulate=accumulate, weight_decay=0.0, progress=False)
+    (entry,) = model.pykd_report
+    assert entry["first_loss"] > 0 and entry["last_loss"] == 0 and bool(model.weight.isfinite().all())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"step {1 + 2 // accumulate}: no label of its batches counts (all are -100): nothing is learned"
+    ]
+
+
 def test_what_it_refuses() -> None:
     with pytest.raises(DataError, match="label 2 is out of range: the model has 2 classes"):
         finetune(nn.Linear(6, 2), blobs(), progress=False)

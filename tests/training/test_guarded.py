@@ -83,6 +83,11 @@ def test_a_change_that_always_does_harm_is_undone(bisect: bool, caplog: pytest.L
     assert "2-prune: undone" in caplog.text
 
 
+def test_a_metric_that_is_not_measured_is_said() -> None:
+    with pytest.raises(ValueError, match=r"the guard's metric 'f1' is not among those of validate: \w+"):
+        guarded_change(Stack(*[0.001] * 7), spoil, validate, Guard(metric="f1"))
+
+
 def test_the_teachers_share_counts_too() -> None:
     guard = Guard(drop=1.0, teacher=1.0, retention=0.95)
     found = guarded_change(Stack(0.1, *[0.001] * 6), spoil, validate, guard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -83,6 +84,21 @@ def test_a_loader_is_dealt_unless_its_sampler_does() -> None:
 
     assert read(0, False) == [0, 1, 4, 5, 8, 9] and read(1, False) == [2, 3, 6, 7]
     assert read(0, True) == [0, 2, 4, 6, 8] and read(1, True) == [1, 3, 5, 7, 9]
+
+
+def test_a_loader_that_ends_early_is_said() -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.batches = iter([{"x": torch.zeros(2, 6), "labels": torch.zeros(2, dtype=torch.long)}] * 3)
+
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            return self.batches
+
+    with pytest.raises(DataError, match=r"the loader's length is 3 batches, but epoch 2 ended before: give a loader"):
+        fit(nn.Linear(6, 5), Once(), loss_fn, TrainConfig(epochs=2), progress=False)
 
 
 def test_float16_scales_the_loss_and_leaves_out_steps_that_overflow() -> None:

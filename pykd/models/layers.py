@@ -41,7 +41,8 @@ def layer_map(model: nn.Module) -> LayerMap:
     """For each stack the number of the original layer that each layer came from; 0, 1, 2 ... where none was removed.
 
     The original is the model that the first student of a line was cut from: students of students name its layers too.
-    The map is saved with the model (``config.pykd_layer_map``).
+    The map is saved with the model (``config.pykd_layer_map``). Stacks that go on where the one before ends, as those
+    of a router, are counted on.
 
     >>> layer_map(nn.Linear(2, 2))
     {}
@@ -49,10 +50,11 @@ def layer_map(model: nn.Module) -> LayerMap:
     known: LayerMap = getattr(getattr(model, "config", None), "pykd_layer_map", None) or model.__dict__.get(
         "pykd_layer_map", {}
     )
-    found = {}
+    found, first = {}, 0
     for name, stack in layer_stacks(model).items():
         mapped = known.get(name, [])
-        found[name] = list(mapped) if len(mapped) == len(stack) else list(range(len(stack)))
+        found[name] = list(mapped) if len(mapped) == len(stack) else list(range(first, first + len(stack)))
+        first = found[name][-1] + 1 if _one_stream(model) else 0
     return found
 
 
@@ -131,12 +133,13 @@ def match_layers(student: nn.Module, teacher: nn.Module) -> list[list[int]]:
 
     A student that was cut from this teacher, or from the same original, follows the layer that it came from, or the
     nearest that the teacher still has. Others follow evenly, the last layer the last one (TinyBERT, Jiao et al. 2020,
-    section 4.1). Raises ValueError for models with different numbers of stacks.
+    section 4.1). The stacks of a router, one behind the other, count as one. Raises ValueError for models with
+    different numbers of stacks.
 
     >>> match_layers(nn.Linear(2, 2), nn.Linear(2, 2))
     []
     """
-    mine, its = list(layer_map(student).values()), list(layer_map(teacher).values())
+    mine, its = _streams(student), _streams(teacher)
     if len(mine) != len(its):
         raise ValueError(
             f"{type(student).__name__} has {len(mine)} stacks of layers, {type(teacher).__name__} {len(its)}: "
@@ -149,6 +152,17 @@ def match_layers(student: nn.Module, teacher: nn.Module) -> list[list[int]]:
         else:
             matched.append([-(-(index + 1) * len(other) // len(own)) - 1 for index in range(len(own))])
     return matched
+
+
+def _one_stream(model: nn.Module) -> bool:
+    """Whether a model's stacks run one behind the other on the same states: a router's, not encoder and decoder."""
+    return bool(getattr(model, "one_stream", False))
+
+
+def _streams(model: nn.Module) -> list[list[int]]:
+    """The layers of each stack by their original numbers; stacks of one stream put together."""
+    maps = list(layer_map(model).values())
+    return [[layer for numbers in maps for layer in numbers]] if _one_stream(model) else maps
 
 
 def _nearest(layer: int, layers: Sequence[int]) -> int:

@@ -65,6 +65,7 @@ class RouterForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "body"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    one_stream = True  # for pykd.models.layers: the deep layers go on where the shared ones end
     _supports_sdpa = True
 
     def __init__(self, config: RouterConfig) -> None:
@@ -133,7 +134,8 @@ class RouterForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         return_dict: bool = True,
         **options: Any,
     ) -> Any:
-        """See :class:`RouterOutput`. output_branches: both branches compute every row, whoever answers it."""
+        """See :class:`RouterOutput`. output_branches, output_hidden_states: both branches compute every row, whoever
+        answers it; hidden states are the embeddings, then the shared layers', then the deep layers'."""
         given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}
         given = {name: value for name, value in given.items() if value is not None}
         encoded = self.body.encoder(input_ids, **given, output_hidden_states=output_hidden_states)
@@ -145,7 +147,7 @@ class RouterForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
             out["scores"] = self.router(first).squeeze(-1).float()
         if self.router is None or self.routing != "learned":
             self._one(out, first, states, seen)
-        elif self.training or output_branches:
+        elif self.training or output_branches or output_hidden_states:
             self._both(out, first, states, seen)
         else:
             self._split(out, first, states, seen)
@@ -201,7 +203,7 @@ class RouterForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
             if balance is not None:
                 balances.append(balance)
                 counts.append(tokens)
-            if out["hidden_states"] is not None and self.training:
+            if out["hidden_states"] is not None:
                 out["hidden_states"] = (*out["hidden_states"], states)
         if counts:
             out["expert_tokens"] = torch.stack(counts)

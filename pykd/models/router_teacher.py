@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pykd.errors import nearest
 from pykd.models.adapter import unwrap
-from pykd.models.layers import layer_stacks
+from pykd.models.layers import layer_map, layer_stacks, remember
 from pykd.models.router_config import RouterConfig
 from pykd.nn.slicing import ATTENTION, feed_forward_blocks, linears_at, neuron_scores, strongest
 
@@ -42,7 +42,8 @@ def from_teacher(
     others (by default all) become the deep branch. Every expert begins as a copy of its layer's feed-forward network
     (Komatsuzaki et al. 2023), or of its ``expert_size`` strongest neurons; both heads as the teacher's. With all layers
     and whole experts the deep branch gives the teacher's logits. The gates and the router are new, drawn from ``seed``.
-    options: other arguments of :class:`RouterConfig`. The teacher is not touched.
+    options: other arguments of :class:`RouterConfig`. The teacher is not touched; the router remembers which of its
+    layers it has, so that the losses "hidden" of `pykd.distill` follow them.
 
     Raises ValueError for a teacher of another family, one whose weights do not have its configuration's shapes, and
     numbers of layers that it does not have.
@@ -87,6 +88,9 @@ def from_teacher(
             f"weights of the teacher have other shapes than its configuration says ({' '.join(str(error).split())}); "
             "make the router of the teacher as it was before pruning and quantization"
         ) from error
+    numbers = next(iter(layer_map(inner).values()))
+    parts = (numbers[:shared], numbers[len(layers) - deep :])
+    remember(model, dict(zip(layer_stacks(model), parts, strict=False)))
     entry = {"stage": "derive", "method": "router", "teacher": type(inner).__name__,
              "parameters": {"shared_layers": shared, "deep_layers": deep, "experts": experts} | options,
              "parameters_before": sum(p.numel() for p in inner.parameters()),

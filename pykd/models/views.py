@@ -59,10 +59,10 @@ def observe(
     output = call(model, batch, **options)
     view = View(logits_of(model, output), masks=_masks(output, batch), auxiliary=auxiliary_losses(output))
     if "output_hidden_states" in options:
-        view.hidden = _stacks(output, "hidden_states")
+        view.hidden = _stacks(model, output, "hidden_states")
         view.summary = _mean(view.hidden[-1][-1], view.masks[-1])
     if "output_attentions" in options:
-        view.attention = _stacks(output, "attentions")
+        view.attention = _stacks(model, output, "attentions")
     return view
 
 
@@ -131,9 +131,12 @@ def _with_hooks(model: nn.Module, batch: Mapping[str, Any], stages: Sequence[str
     return View(logits_of(model, output), [maps], masks=[None], summary=maps[-1].mean((2, 3)))
 
 
-def _stacks(output: Any, kind: str) -> list[list[Tensor]]:
+def _stacks(model: nn.Module, output: Any, kind: str) -> list[list[Tensor]]:
     single = getattr(output, kind, None)
-    parts = [single] if single is not None else [getattr(output, f"{side}_{kind}") for side in ("encoder", "decoder")]
+    sides = (getattr(output, f"{side}_{kind}", None) for side in ("encoder", "decoder"))
+    parts = [single] if single is not None else [part for part in sides if part is not None]
+    if not parts:
+        raise ValueError(f"{type(unwrap(model)).__name__} shows no {kind.replace('_', ' ')}: distil it by other losses")
     return [list(part) for part in parts]
 
 

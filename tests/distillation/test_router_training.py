@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pykd import cache_teacher, distill, finetune
+from pykd import cache_teacher, distill, finetune, from_pretrained, prune, save_pretrained
 from pykd.data.bundle import batches
 from pykd.evaluation.latency import evaluating
 from pykd.models.adapter import call
+from pykd.models.layers import match_layers
 from pykd.models.router import calibrate
+from pykd.models.views import observe
 from pykd.training.held_out import held_out
 
 from .. import routers
@@ -59,6 +62,22 @@ def test_every_way_of_training_adds_and_notes_the_models_own_losses(tmp_path: An
     assert first["loss"] == pytest.approx(other["loss"] + first["load"] + first["balance"], rel=1e-5)
 
 
-def test_layers_of_two_stacks_are_not_matched_with_those_of_one() -> None:
-    with pytest.raises(ValueError, match="has 2 stacks of layers, BertForSequenceClassification 1"):
-        distill(routers.router(), routers.teacher(), routers.data(), method="hidden", max_steps=1, progress=False)
+def test_hidden_states_follow_the_teachers_layers_that_the_router_has(tmp_path: Path) -> None:
+    teacher, batch = routers.teacher(), routers.batch()
+    options = {"max_steps": 2, "batch_size": 16, "progress": False}
+    for deep, followed in ((2, [0, 1, 2, 3]), (1, [0, 1, 3])):
+        model = routers.router(deep_layers=deep).eval()
+        assert match_layers(model, teacher) == [followed] and match_layers(model, model) == [list(range(2 + deep))]
+        if deep == 2:  # all of the teacher's layers with their weights
+            mine, its = (observe(each, batch, ["hidden"]).hidden[0] for each in (model, teacher))
+            for one, other in zip(mine, its, strict=True):
+                seen = batch["attention_mask"].bool()
+                torch.testing.assert_close(one[seen], other[seen], rtol=1e-4, atol=1e-4)
+        distill(model, teacher, routers.data(), method={"logits": 1.0, "hidden": 0.5}, **options)
+        assert all(step["hidden"] > 0 for step in model.pykd_report[-1]["curve"])
+        save_pretrained(model, tmp_path / str(deep))
+        assert match_layers(from_pretrained(tmp_path / str(deep)), teacher) == [followed]
+    small = prune(routers.router(), method="layers", sparsity=0.5, include=["body.deep.*"])
+    assert match_layers(small, teacher) == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="RouterForSequenceClassification shows no attentions: distil it by other los"):
+        distill(routers.router(), teacher, routers.data(), method="attention", **options)

@@ -154,7 +154,7 @@ def _usage(model: nn.Module, compressed: bool, task: str | None) -> list[str]:
     if compressed:
         lines = ["import pykd", 'model = pykd.from_pretrained("FOLDER")']
         if told["source"] == "huggingface":
-            lines = ["import pykd  # teaches transformers the packed layers"]
+            lines = ["import pykd  # teaches transformers this kind of model"]
             lines += _transformers(model, task)
     elif told["source"] == "huggingface":
         lines = _transformers(model, task)

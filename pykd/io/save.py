@@ -18,7 +18,7 @@ from pykd.io.export.dense import densify
 from pykd.io.files import atomic_directory, check_vacant
 from pykd.io.manifest import FORMAT_VERSION, owned, write_manifest
 from pykd.io.structure import Structure
-from pykd.models.adapter import origin, skeleton, unwrap
+from pykd.models.adapter import FAMILIES, origin, skeleton, unwrap
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -41,8 +41,8 @@ def save_pretrained(
     The folder holds `config.json`, `model.safetensors` (packed weights, pruned shapes, tied weights once, no pickle),
     `pykd_manifest.json` (checksums, versions, `provenance`, and the stages in `model.pykd_report`), `README.md` (the
     model card that hubs show) and the files of `tokenizer` and `processor`. A Hugging Face model also loads with
-    `AutoModelFor....from_pretrained(path)` once pykd is imported; if nothing was compressed, even without pykd. The
-    model is not changed. Returns the path.
+    `AutoModelFor....from_pretrained(path)` once pykd is imported; if nothing was compressed, even without pykd (but for
+    pykd's own families). The model is not changed. Returns the path.
 
     format: "pykd", or "dense" for an ordinary checkpoint that nobody needs pykd for: weights dequantized, pruned ones
     zero, layers with widths of their own filled up with zeros (`pykd.io.export.dense.densify`, which also says what it
@@ -66,7 +66,7 @@ def save_pretrained(
     described, tensors = snapshot(model)
     with atomic_directory(path, overwrite=overwrite, owned=owned) as folder:
         if origin(model)["source"] == "huggingface":
-            compressed = needs_plugin(model, described, tensors)
+            compressed = needs_plugin(model, described, tensors) or type(model).__name__ in FAMILIES
             _write_huggingface_config(model, described, tensors, folder)
         else:
             compressed = described.changes()

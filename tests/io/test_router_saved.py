@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pykd import from_pretrained, prune, quantize, save_pretrained
+from pykd import export, from_pretrained, prune, quantize, save_pretrained
+from pykd.errors import ArtifactError
 from pykd.models.adapter import logits
 from pykd.models.router import calibrate
 from pykd.nn import Linear4bit, Linear8bit
@@ -85,6 +86,15 @@ def test_experts_are_quantized_and_pruned_and_the_router_is_left_alone(root: Pat
     sparse: Any = from_pretrained(root / "magnitude" / "model")
     weight = sparse.body.deep[0].feed_forward.experts[0].fc1.weight
     assert 0.3 < float((weight == 0).float().mean()) < 0.7
+
+
+def test_what_nothing_but_pykd_loads_says_so(root: Path, tmp_path: Path) -> None:
+    card = (root / "whole" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "import pykd  # teaches transformers this kind of model\nfrom transformers import pipeline" in card
+    for format in ("dense", "compressed-tensors"):
+        with pytest.raises(ArtifactError, match="RouterForSequenceClassification is a family of pykd's own, which no"):
+            export(made("w8a8"), tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
 
 
 def test_transformers_saves_and_loads_it_by_itself(tmp_path: Path) -> None:

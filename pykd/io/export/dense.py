@@ -13,7 +13,7 @@ from pykd.errors import ArtifactError
 from pykd.io import structure
 from pykd.io.layers import build, describe
 from pykd.io.structure import Structure
-from pykd.models.adapter import logits, origin, skeleton, unwrap
+from pykd.models.adapter import FAMILIES, logits, origin, skeleton, unwrap
 from pykd.models.example import example_batch
 from pykd.nn.compressed import CompressedModule
 from pykd.nn.family_config import widest_config
@@ -69,8 +69,15 @@ def densify(model: nn.Module) -> nn.Module:
     Uniform widths and numbers of layers stay as they are. Where layers have widths of their own the narrow ones are
     filled up with zeros, to the widest of the model if the configuration can say that, else to the width it says. The
     result is compared with the simulation on an example. Raises ArtifactError, naming the layers, where zeros would
-    change what the model computes (layers that are gone, norms over pruned channels, concatenated channels).
+    change what the model computes (layers that are gone, norms over pruned channels, concatenated channels), and for
+    models of pykd's own families, which nothing else builds.
     """
+    kind = type(unwrap(model)).__name__
+    if kind in FAMILIES:
+        raise ArtifactError(
+            f"{kind} is a family of pykd's own, which no other library builds: export it as onnx, or save it in pykd's "
+            "own format (format='pykd')."
+        )
     dense: Any = dense_simulation(model)
     _one_dtype(dense)
     config = getattr(dense, "config", None)

@@ -24,6 +24,8 @@ import pykd
 from pykd.models.adapter import logits
 from pykd.models.example import example_batch
 from pykd.models.huggingface import load_huggingface
+from pykd.models.router_teacher import from_teacher
+from pykd.models.router_threshold import calibrate
 from pykd.models.torchvision import load_torchvision
 from pykd.nn import Conv2d16bit, Linear4bit, Linear8bit, codebook_code
 from pykd.nn.linear_8bit import StaticInput
@@ -102,6 +104,14 @@ def mobilenet_16bit() -> nn.Module:
     return model
 
 
+def router() -> nn.Module:
+    """Both branches, experts and the router; one of the two rows goes deep."""
+    model: Any = from_teacher(bert(), experts=2, router_size=8, expert_size=16)
+    pykd.quantize(model, "w8a8", embeddings="w8a16")
+    calibrate(model.eval(), [example_batch(model, rows=2, length=6, seed=1)], deep_share=0.5)
+    return model  # type: ignore[no-any-return]
+
+
 TABLE = codebook_code([k / 8 - 1 for k in range(16)])
 STATIC = StaticInput(0.03125, -5)
 
@@ -137,6 +147,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "llama_tied_w8a8": lambda: quantized(llama, "w8a8", embeddings="w8a16"),
     "t5_shared_w8a16": lambda: quantized(t5, "w4a16", group_size=16, embeddings="w8a16"),
     "vit_w4a16": lambda: quantized(vit, "w4a16", group_size=32),
+    "router_w8a8": router,
     "mobilenet_plain": mobilenet,
     "mobilenet_w4a16": lambda: quantized(mobilenet, "w4a16", group_size=16),
     "mobilenet_w8a8": lambda: quantized(mobilenet, "w8a8"),

@@ -12,7 +12,7 @@ import pytest
 from pykd import from_pretrained, save_pretrained
 from pykd.models.huggingface import load_huggingface
 from pykd.models.sizes import size_of
-from pykd.pipeline import run
+from pykd.pipeline import export_saved, run
 from pykd.recipe import load_recipe
 
 from .shipped import FAST, RECIPES, TESTS, debian_rows
@@ -121,3 +121,6 @@ def test_guardrail(tmp_path: Path) -> None:
     routing = done.final.routing
     assert routing is not None and routing.deep_share == pytest.approx(0.3, abs=0.03)
     assert "each row its branch" in (done.directory / "report.md").read_text()
+    told = export_saved(done.directory / "model", tmp_path / "onnx", format="onnx")
+    assert re.fullmatch(r"\d+ of 50 labels equal, .*; \d+ rows at the threshold took their other .*", told["check"])
+    assert (tmp_path / "onnx" / "tokenizer.json").exists() and "onnxruntime" in told["latency"]

@@ -50,10 +50,11 @@ def _facts(record: dict[str, Any], before: int, output: str) -> dict[str, Any]:
     now, check = record["size_bytes"], record.get("check", {})
     facts = {"saved": output, "bytes": f"{before:,} -> {now:,} ({before / now:.2f}x smaller)"}
     if "labels" in check:
+        moved = check.get("rows_at_threshold")
         facts["check"] = (
             f"{check['labels'] - check['different_labels']} of {check['labels']} labels equal, logits within "
             f"{check['largest_difference']:.1e} of the largest (allowed: {check['bound']:g})"
-        )
+        ) + (f"; {moved} rows at the threshold took their other branch" if moved is not None else "")
     elif check:
         facts["check"] = f"{check['layers']} packed layers read back, within {check['largest_difference']:.1e}"
     if "latency_ms" in record:

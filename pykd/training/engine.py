@@ -35,6 +35,20 @@ class Engine:
         scaled = config.autocast == "float16"
         self.scaler = torch.amp.GradScaler(device.type) if scaled else None
 
+    @property
+    def scales(self) -> bool:
+        """Whether the loss is scaled, for float16: a gradient that overflows costs the step, and lowers the scale."""
+        return self.scaler is not None
+
+    def scale(self) -> dict[str, Any] | None:
+        """The scale and when it is to change, as JSON-able values; None where the loss is not scaled."""
+        return self.scaler.state_dict() if self.scaler is not None else None
+
+    def restore_scale(self, state: dict[str, Any] | None) -> None:
+        """Put back what :meth:`scale` returned."""
+        if self.scaler is not None and state is not None:
+            self.scaler.load_state_dict(state)
+
     def own(self, model: nn.Module) -> nn.Module:
         """The module whose parameters are trained: the model, or a copy that may be taken apart."""
         return model

@@ -111,7 +111,7 @@ class Run:
         clipped = engine.clip(trained, self.optimizer, config.clip_norm or math.inf)
         norm, found = float(clipped), batch_to_float(noted)  # the step's only wait for the device
         found = dict(zip(found, engine.total(list(found.values())), strict=True))
-        if engine.scaler is not None:  # a scaled gradient that overflows costs the step, and the scale is lowered
+        if engine.scales:
             found["skipped"] = float(not math.isfinite(norm))
             norm = norm if math.isfinite(norm) else 0.0
         self._require_finite({"loss": found["loss"], "grad_norm": norm}, number)
@@ -156,7 +156,7 @@ class Run:
         plain = {
             "identity": self.identity,
             "optimizer": optimizer,
-            "scaler": self.engine.scaler.state_dict() if self.engine.scaler is not None else None,
+            "scaler": self.engine.scale(),
             "lr_scale": self.lr_scale,
             "records": history.records,
             "validations": history.validations,
@@ -190,8 +190,7 @@ class Run:
         tensors, plain = state
         self.restore_weights(state)
         self.engine.restore_slots(self.optimizer, (part(tensors, "optimizer."), plain["optimizer"]))
-        if self.engine.scaler is not None:
-            self.engine.scaler.load_state_dict(plain["scaler"])
+        self.engine.restore_scale(plain["scaler"])
         self.history.records, self.history.seconds = plain["records"], max(self.history.seconds, plain["seconds"])
 
     def restore_weights(self, state: State) -> None:

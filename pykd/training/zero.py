@@ -19,6 +19,8 @@ from pykd.training.state import Named
 OURS = ("optimizer", "scheduler", "amp")
 #: What every process holds of the optimizer: the tensors of a slot, by the number of the flat group of parameters.
 SHARE = "{rank}.{group}.{slot}"
+#: Types of what decides the scale of the loss.
+PLAIN = (bool, int, float)
 
 
 class Zero(Launched):
@@ -61,6 +63,22 @@ class Zero(Launched):
         if self.dtype is not None:
             self.settings["torch_autocast"] = {"enabled": True, "dtype": str(self.dtype).removeprefix("torch.")}
         self.running: Any = None
+
+    @property
+    def scales(self) -> bool:
+        """See Engine: as the DeepSpeed configuration says."""
+        return bool(self.settings.get("fp16", {}).get("enabled", False))
+
+    def scale(self) -> dict[str, Any] | None:
+        """See Engine: the numbers of DeepSpeed's own scaler."""
+        if not self.scales:
+            return None
+        return {name: value for name, value in vars(self.running.optimizer.loss_scaler).items() if type(value) in PLAIN}
+
+    def restore_scale(self, state: dict[str, Any] | None) -> None:
+        """See Engine."""
+        for name, value in (state or {}).items():
+            setattr(self.running.optimizer.loss_scaler, name, value)
 
     def own(self, model: nn.Module) -> nn.Module:
         """See Engine. DeepSpeed lays the parameters into flat buffers of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -110,11 +111,62 @@ def test_what_deepspeed_is_not_to_decide(
         engine_for(TrainConfig(**config), torch.device("cpu"))
 
 
+def test_deepspeed_scales_the_loss_for_float16_and_resumes_with_its_scale(tmp_path: Path) -> None:
+    settings = {
+        "zero_optimization": {"stage": 1},
+        "fp16": {"enabled": True, "initial_scale_power": 22, "hysteresis": 1},
+    }
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-c", SCALED, str(tmp_path / "checkpoints")]
+    told = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "deepspeed.json"), "ACCELERATE_MIXED_PRECISION": "fp16"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = {**os.environ, **launched.KINDS["zero2"], **alone, **told, "ACCELERATE_DYNAMO_BACKEND": "no"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    whole, again = json.loads(done.stdout.splitlines()[-1])
+    skipped = [record["skipped"] for record in whole["records"]]
+    assert skipped[:3] == [1.0] * 3 and 0.0 in skipped, (
+        "the scale begins too high, and falls until gradients are finite"
+    )
+    assert whole == again, "also the scale is taken up where the run was stopped"
+
+
 def test_deepspeed_takes_no_modules_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "takes_modules", False)
     with pytest.raises(ValueError, match="learned projections lie outside the model that DeepSpeed takes apart"):
         launched.train(4)
 
+
+#: A run on float16, and one that is stopped after step 7 and goes on from its checkpoint of step 4.
+SCALED = """
+import json, os, sys
+import deepspeed, torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from pykd.training import TrainConfig, fit
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles that at its first use on a CPU
+type(get_accelerator()).is_fp16_supported = lambda self: True  # it is, if slowly, on any CPU
+
+def train(stop, folder=None, resume=False):
+    torch.manual_seed(0)
+    model, calls = nn.Linear(6, 3), 0
+    batches = [{"x": torch.randn(8, 6), "labels": torch.randint(3, (8,))} for _ in range(4)]
+    def loss_fn(model, batch):
+        nonlocal calls
+        calls += 1
+        assert calls <= stop
+        return nn.functional.cross_entropy(model(batch["x"].half()).float(), batch["labels"]), {}
+    config = TrainConfig(epochs=3, lr=1e-2, checkpoint_steps=4)
+    history = fit(model, batches, loss_fn, config, checkpoint_dir=folder, resume=resume, progress=False)
+    return {"records": history.records, "weights": {name: value.tolist() for name, value in model.state_dict().items()}}
+
+whole = train(99)
+try:
+    train(7, sys.argv[1])
+except AssertionError:
+    again = train(99, sys.argv[1], resume=True)
+print(json.dumps([whole, again]), flush=True)
+os._exit(0)
+"""
 
 REFUSED = """
 import os, torch

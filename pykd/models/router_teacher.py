@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from pykd.errors import nearest
 from pykd.models.adapter import unwrap
 from pykd.models.layers import layer_map, layer_stacks, remember
 from pykd.models.router_config import RouterConfig
+from pykd.models.sizes import NEURONS, value_of
 from pykd.nn.slicing import ATTENTION, feed_forward_blocks, linears_at, neuron_scores, strongest
 
 #: Model type of a teacher -> the dense layer and the output layer of its head, and the activation between them.
@@ -45,16 +48,14 @@ def from_teacher(
     options: other arguments of :class:`RouterConfig`. The teacher is not touched; the router remembers which of its
     layers it has, so that the losses "hidden" of `pykd.distill` follow them.
 
-    Raises ValueError for a teacher of another family, one whose weights do not have its configuration's shapes, and
-    numbers of layers that it does not have.
+    Raises ValueError for a teacher of another family or task, one whose weights do not have its configuration's shapes,
+    numbers of layers or neurons that it does not have, and unknown options.
     """
     from pykd.models.router import RouterForSequenceClassification
 
     inner: Any = unwrap(teacher)
-    kind = getattr(getattr(inner, "config", None), "model_type", type(inner).__name__)
-    if kind not in HEADS or not hasattr(inner, "num_labels"):
-        raise ValueError(f"a router is made of a sequence classifier, {nearest('model type', kind, HEADS)}")
-    dense, output, activation = HEADS[kind]
+    family = _family(inner)
+    _check_options(options)
     layers = next(iter(layer_stacks(inner).values()))
     shared = max(1, len(layers) // 2) if shared_layers is None else shared_layers
     deep = len(layers) - shared if deep_layers is None else deep_layers
@@ -63,10 +64,13 @@ def from_teacher(
             f"shared_layers and deep_layers are each at least 1 and together at most the teacher's {len(layers)}, got "
             f"{shared} and {deep}"
         )
+    neurons = value_of(inner.config, NEURONS)
+    if expert_size is not None and neurons is not None and not 1 <= expert_size <= neurons:
+        raise ValueError(f"expert_size is some of the {neurons} neurons of the teacher's layers, got {expert_size!r}")
     encoder = copy.deepcopy(inner.config)
     encoder.num_hidden_layers = shared
     config = RouterConfig(
-        encoder=encoder, deep_layers=deep, experts=experts, expert_size=expert_size, activation=activation,
+        encoder=encoder, deep_layers=deep, experts=experts, expert_size=expert_size, activation=HEADS[family][2],
         id2label=dict(inner.config.id2label), label2id=dict(inner.config.label2id),
         **{"experts_per_token": min(2, experts) or 1, "dropout": _dropout(inner.config)} | options,
     )  # fmt: skip
@@ -75,17 +79,12 @@ def from_teacher(
         model = RouterForSequenceClassification(config)
     own = next(inner.parameters())
     model.to(device=own.device, dtype=own.dtype)
-    base = inner.base_model
     try:
-        model.body.encoder.load_state_dict(_kept(model.body.encoder, base.state_dict()))
-        for made, layer in zip(model.body.deep, layers[len(layers) - deep :], strict=False):
-            _copy_layer(made, layer)
-        for branch in model.classifiers:
-            _copy(model.body.dense[branch], _head(inner, base, dense))
-            _copy(model.classifiers[branch], _head(inner, base, output))
+        _copy_weights(model, inner, layers[len(layers) - deep :], family)
     except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"weights of the teacher have other shapes than its configuration says ({' '.join(str(error).split())}); "
+            f"weights of the teacher have other shapes than its configuration says ({reason}); "
             "make the router of the teacher as it was before pruning and quantization"
         ) from error
     numbers = next(iter(layer_map(inner).values()))
@@ -97,6 +96,38 @@ def from_teacher(
              "parameters_after": sum(p.numel() for p in model.parameters())}  # fmt: skip
     model.__dict__["pykd_report"] = [entry]
     return model.train(inner.training)
+
+
+def _family(teacher: Any) -> str:
+    """The model type of a teacher that a router can be made of."""
+    kind = getattr(getattr(teacher, "config", None), "model_type", type(teacher).__name__)
+    if kind not in HEADS:
+        raise ValueError(f"a router is made of a sequence classifier, {nearest('model type', kind, HEADS)}")
+    if not type(teacher).__name__.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"a router is made of a sequence classifier, whose head its branches take over, got a "
+            f"{type(teacher).__name__}"
+        )
+    return str(kind)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what RouterConfig would take without reading it, as every configuration of transformers does."""
+    known = [name for name in inspect.signature(RouterConfig).parameters if name not in ("encoder", "options")]
+    for name in options:
+        if name not in known:
+            raise ValueError(nearest("option", name, known))
+
+
+def _copy_weights(model: Any, teacher: Any, deep: Iterable[nn.Module], family: str) -> None:
+    """The shared encoder, the deep layers and both heads from the teacher's."""
+    base, (dense, output, _) = teacher.base_model, HEADS[family]
+    model.body.encoder.load_state_dict(_kept(model.body.encoder, base.state_dict()))
+    for made, layer in zip(model.body.deep, deep, strict=False):
+        _copy_layer(made, layer)
+    for branch in model.classifiers:
+        _copy(model.body.dense[branch], _head(teacher, base, dense))
+        _copy(model.classifiers[branch], _head(teacher, base, output))
 
 
 def _kept(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -122,7 +122,10 @@ def convert_qat(model: Model) -> Model:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantized)}
     if not layers:
-        raise ValueError("the model has no layer prepared for quantization-aware training: call prepare_qat first")
+        raise ValueError(
+            "the model has no layer prepared for quantization-aware training: call prepare_qat first, which leaves "
+            f"layers that would save less than {LEAST_SAVING_BYTES} bytes as they are"
+        )
     first = next(iter(layers.values()))
     parameters = {name: getattr(first, name) for name in ("scheme", "group_size", "symmetric", "search_every")}
     with recorded_change(model, stage="quantize", method="qat", parameters=parameters) as facts:

@@ -190,6 +190,13 @@ def test_what_cannot_be_done_is_said() -> None:
         from_teacher(routers.teacher(), shared_layers=3, deep_layers=2)
     with pytest.raises(ValueError, match="a router is made of a sequence classifier, unknown model type 'Linear'"):
         from_teacher(nn.Linear(2, 2))
+    for task in ("token-classification", "masked-lm"):
+        with pytest.raises(ValueError, match=r"sequence classifier, whose head its branches take over, got a BertFor"):
+            from_teacher(load_huggingface(None, task, config=routers.TINY))
+    with pytest.raises(ValueError, match="unknown option 'experts_per_tokn': did you mean 'experts_per_token'"):
+        from_teacher(routers.teacher(), experts_per_tokn=1)
+    with pytest.raises(ValueError, match="expert_size is some of the 48 neurons of the teacher's layers, got 49"):
+        from_teacher(routers.teacher(), expert_size=49)
     cut = routers.teacher()
     keep_neurons(feed_forward_blocks(cut)[0], [0, 1])
     with pytest.raises(ValueError, match="make the router of the teacher as it was before pruning"):

@@ -128,7 +128,7 @@ class Bytes(nn.Module):
         if not self.rounds:
             return F.linear(x, self.matrix())
         if self.static is None:
-            scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+            scale = (_greatest(x) / 127).clamp_min(torch.finfo(torch.float32).tiny)
             levels, point = (x / scale).round(), 0
         else:
             scale, point = torch.tensor(self.static.scale), self.static.zero
@@ -167,6 +167,16 @@ class Halves(nn.Module):
 
     def matrix(self) -> Tensor:
         return self.values.float()
+
+
+def _greatest(x: Tensor) -> Tensor:
+    """The largest magnitude of each row, [..., 1].
+
+    Of no rows at all, as a router's deep branch may have, ONNX Runtime's reductions keep the columns: hence the Reshape,
+    whose zeros stand for the sizes of its input.
+    """
+    most = x.abs().amax(-1, keepdim=True)
+    return _node("Reshape", [most, torch.tensor([0] * (x.dim() - 1) + [1])], {}, x.dtype, [*most.shape])
 
 
 def _node(name: str, inputs: list[Tensor], attributes: dict[str, Any], dtype: torch.dtype, shape: list[Any]) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from pykd import export
+from pykd import export, quantize
 from pykd.io.export.onnx_model import OnnxModel
 from pykd.models.adapter import call, logits
 from pykd.models.router import calibrate
@@ -15,8 +16,11 @@ from pykd.models.router import calibrate
 from ... import routers
 
 
-def test_onnx_runtime_routes_and_answers_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounded", [{}, {"scheme": "w8a8"}, {"scheme": "w4a8", "group_size": 16}])
+def test_onnx_runtime_routes_and_answers_alike(tmp_path: Path, rounded: dict[str, Any]) -> None:
     model: Any = routers.router().eval()
+    if rounded:
+        quantize(model, **rounded)
     calibrate(model, [routers.batch(64)], deep_share=0.4)
     record = export(model, tmp_path / "onnx", data=routers.data(), latency_rounds=0)
     assert record["check"]["labels"] == 64 and record["check"]["different_labels"] == 0

@@ -172,8 +172,8 @@ class Halves(nn.Module):
 def _greatest(x: Tensor) -> Tensor:
     """The largest magnitude of each row, [..., 1].
 
-    Of no rows at all, as a router's deep branch may have, ONNX Runtime's reductions keep the columns: hence the Reshape,
-    whose zeros stand for the sizes of its input.
+    Of no rows at all, as a router's deep branch may have, ONNX Runtime's reductions keep the columns: hence the
+    Reshape, whose zeros stand for the sizes of its input.
     """
     most = x.abs().amax(-1, keepdim=True)
     return _node("Reshape", [most, torch.tensor([0] * (x.dim() - 1) + [1])], {}, x.dtype, [*most.shape])

@@ -299,6 +299,27 @@ def test_keys_that_a_stage_would_not_read_are_refused(stages: str, sentence: str
         load_recipe(content, overrides=[f"stages={stages}"])
 
 
+@pytest.mark.parametrize(
+    ("study", "sentence"),
+    [
+        (
+            {"weights": {"explanations": 0.1}},
+            r"study: study\.weights\.explanations needs explanations: set study\.expl",
+        ),
+        ({"weights": {"quality": 0, "speed": 0, "size": 0}}, r"study: study\.weights: at least one weight must be"),
+        ({"explain": 2}, r"study\.explain compares the attributions of classifiers, data\.kind is 'tokens'"),
+    ],
+)
+def test_a_study_that_could_not_be_ranked_is_refused_before_it_trains(study: Any, sentence: str) -> None:
+    stages = [{"chain": {"students": {"a": {"depth": 1}}}}]
+    content = {key: value for key, value in GOOD.items() if key != "student"} | {"stages": stages, "study": study}
+    if "explain" in study:
+        assert load_recipe(content).study is not None
+        content["data"] = {"kind": "tokens", "path": "rows.jsonl"}
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe(content)
+
+
 def test_a_threshold_is_drawn_for_a_router_that_learns() -> None:
     for routing in ("fast", "deep"):
         student = {"router": {"routing": routing}}

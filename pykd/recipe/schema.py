@@ -330,6 +330,8 @@ class Recipe(Section):
         packed = None
         if self.study is not None and [stage.kind for stage in self.stages] != ["chain"]:
             raise ValueError("study ranks the students of a chain: it goes with a single stage, `chain`")
+        if self.study is not None and self.study.explain and self.data.kind not in ("digits", "text"):
+            raise ValueError(f"study.explain compares the attributions of classifiers, data.kind is {self.data.kind!r}")
         for index, stage in enumerate(self.stages):
             given = stage.settings.model_fields_set
             unread = [key for key in UNREAD.get(stage.kind, ()) if key in given and getattr(stage.settings, key)]

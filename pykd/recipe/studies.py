@@ -24,6 +24,15 @@ class Study(Section):
     weights: Weights = Field(default_factory=Weights, description="of each student's share of the best one's value")
     explain: int = Field(default=0, ge=0, description="examples whose attributions are compared with the teacher's")
 
+    @model_validator(mode="after")
+    def _can_be_ranked(self) -> Study:
+        """What the ranking would find out only after the trainings."""
+        if self.weights.explanations > 0 and not self.explain:
+            raise ValueError("study.weights.explanations needs explanations: set study.explain above 0, or weigh it 0")
+        if not any(self.weights.model_dump().values()):
+            raise ValueError("study.weights: at least one weight must be above 0")
+        return self
+
 
 class Range(Section):
     """Numbers to choose from: whole ones where both ends are whole."""

@@ -165,6 +165,8 @@ def test_the_hash_is_of_what_is_computed() -> None:
         ("teacher", {"source": "torchvision"}, r"teacher: name is missing"),
         ("teacher", {"source": "huggingface", "config": {"model_type": "vit"}}, r"teacher: a teacher from scratch"),
         ("student", {"width": 0.5, "name": "resnet18"}, r"student: say where the student comes from, in one way"),
+        ("teacher/revision", "v1", r"teacher\.revision is not read by torchvision: leave it out"),
+        ("student", {"source": "huggingface", "name": "x", "weights": "a.pt"}, r"student\.weights is not read by hug"),
         ("student", {}, r"student: say where the student comes from"),
         ("student", None, r"stages\[0\]\.distill needs a student"),
         (

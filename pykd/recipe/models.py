@@ -36,6 +36,17 @@ class Model(Section):
         return preset
 
 
+#: Library -> keys of a model that only the other one reads.
+UNREAD = {"huggingface": ("weights",), "torchvision": ("revision", "preset")}
+
+
+def check_read(spec: Model, source: str, *, key: str) -> None:
+    """Raise ValueError for a value that the model's library would pass over."""
+    for name in UNREAD[spec.source or source]:
+        if getattr(spec, name) is not None:
+            raise ValueError(f"{key}.{name} is not read by {spec.source or source}: leave it out")
+
+
 class Teacher(Model):
     """The model to be compressed. With ``train`` it is trained first, once, and kept for later runs."""
 

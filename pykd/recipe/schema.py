@@ -14,7 +14,7 @@ from pykd.quantization import check_candidates, check_embeddings, check_method, 
 from pykd.recipe.data_kinds import Data
 from pykd.recipe.gradual import GradualPruning
 from pykd.recipe.guarded import Guarded
-from pykd.recipe.models import FurtherTeacher, Student, Teacher
+from pykd.recipe.models import FurtherTeacher, Student, Teacher, check_read
 from pykd.recipe.router import Calibrate
 from pykd.recipe.section import PatternText, Section
 from pykd.recipe.studies import Search, Study
@@ -324,6 +324,14 @@ class Recipe(Section):
     )
     short: dict[str, Any] = Field(default_factory=dict, description="dotted keys that --short sets")
     then: str | None = Field(None, description="recipe file to run next, relative to this one")
+
+    @model_validator(mode="after")
+    def _models_fit(self) -> Recipe:
+        source = str(self.teacher.source)
+        check_read(self.teacher, source, key="teacher")
+        if self.student is not None and not self.student.derived:
+            check_read(self.student, source, key="student")
+        return self
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:

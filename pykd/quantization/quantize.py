@@ -76,6 +76,7 @@ def quantize(
         observer: which range of activations "w8a8_static" rounds: "minmax", all that calibration saw; or less, and what
             lies beyond is cut off: "percentile" (99.99 % of them), "mse" (the least mean squared error); or a function
             like these, Sample -> (low, high). Cutting off costs transformers dearly, whose few large activations count.
+            Refused for other schemes.
         data: examples for the methods and the scheme that look at inputs, not read by the others: a DataBundle (its
             training split), or an iterable of batches, as dicts of tensors by input name or as tensors, labels unused.
         samples: how many examples; batch_size: how many at once, from a DataBundle; seed: which, from a DataBundle.
@@ -105,6 +106,8 @@ def quantize(
     """
     check_method(scheme, method, symmetric=symmetric)
     check_observer(observer)
+    if observer != "minmax" and not uses_static(scheme) and not isinstance(scheme, Assignment):
+        raise ValueError(f"observer chooses the ranges of scheme {STATIC!r}, got scheme {_name(scheme)!r}")
     check_embeddings(embeddings)
     check_group_size(group_size)
     options = Options(method, group_size, symmetric, observer, data is not None)

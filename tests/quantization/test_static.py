@@ -136,6 +136,8 @@ def test_saved_and_deployed_identically(tmp_path: Path) -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(DataError, match="scheme 'w8a8_static' looks at the inputs of each layer: pass data="):
         quantize(network(), "w8a8_static")
+    with pytest.raises(ValueError, match="observer chooses the ranges of scheme 'w8a8_static', got scheme 'w8a8'"):
+        quantize(network(), "w8a8", observer="mse")
     with pytest.raises(ValueError, match="unknown observer 'msee': did you mean 'mse'"):
         quantize(network(), "w8a8_static", data=[IMAGES], observer="msee")
     broken = IMAGES.clone()

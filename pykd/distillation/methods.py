@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,10 @@ COMPARES: dict[str, str] = {
     "teacher's sequences": "student_logits, labels, shift=",
     "student's sequences": "student_logits, teacher_logits, labels, shift=",
 }
+
+
+#: What a loss compares -> options of the generation of the texts, beside those of the loss.
+GENERATION = {"teacher's sequences": ("beams",), "student's sequences": ("share",)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +90,7 @@ class Weighted:
 def resolve(methods: Methods) -> list[Weighted]:
     """Methods with their weights: ``"logits"``, ``{"logits": 1.0, "hidden": {"weight": 0.5, ...}}``, or functions.
 
-    Raises ValueError for unknown names, no method at all, and weights that are not positive.
+    Raises ValueError for unknown names and options, no method at all, and weights that are not positive.
 
     >>> [(each.name, each.weight) for each in resolve({"logits": 1.0, "relation": {"weight": 0.1, "angle": 0.0}})]
     [('logits', 1.0), ('relation', 0.1)]
@@ -100,8 +105,22 @@ def resolve(methods: Methods) -> list[Weighted]:
         weight = options.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
             raise ValueError(f"the weight of method {name!r} must be a positive number, got {weight!r}")
+        if options:
+            _check_options(name, method, options)
         found.append(Weighted(name, dataclasses.replace(method, options={**method.options, **options}), float(weight)))
     return found
+
+
+def _check_options(name: str, method: Method, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that neither the loss nor the generation takes."""
+    takes = inspect.signature(method.loss).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        return
+    known = [each.name for each in takes if each.kind is each.KEYWORD_ONLY or each.default is not each.empty]
+    known += GENERATION.get(method.compares, ())
+    for option in options:
+        if option not in known:
+            raise ValueError(f"method {name!r}: {nearest('option', option, ['weight', *known])}")
 
 
 def _named(key: MethodLike) -> tuple[str, Method]:

@@ -60,7 +60,7 @@ def finetune(
     :func:`fit`, among them ``prune``, sparsity that rises meanwhile; a ``guard`` without ``validate`` guards the
     accuracy on the held-out split.
 
-    Raises DataError for labels out of range, ValueError for NaN or infinite weights.
+    Raises DataError for labels out of range, ValueError for NaN or infinite weights and options out of range.
 
     >>> from torch import nn, randn, randint
     >>> batches = [{"pixel_values": randn(8, 4), "labels": randint(3, (8,))} for _ in range(5)]
@@ -84,6 +84,8 @@ def finetune(
         validate_steps=validate_steps,
         keep_checkpoints=keep_checkpoints,
     )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is a share, 0..1, got {label_smoothing!r}")
     require_finite_weights(model, "model")
     classes = num_classes(model)
 

@@ -131,6 +131,10 @@ def test_methods_that_do_not_exist() -> None:
         ("hiden", "unknown method 'hiden': did you mean 'hidden'"),
         ({}, "no method to distil by: name some of logits, hidden"),
         ({"logits": 0}, "the weight of method 'logits' must be a positive number, got 0"),
+        ({"logits": {"weight": 1.0, "beta": 0.5}}, "method 'logits': unknown option 'beta': Known: alpha, shift, temp"),
+        ({"hidden": {"angel": 1.0}}, "method 'hidden': unknown option 'angel': Known: weight"),
+        ({"relation": {"angel": 1.0}}, "method 'relation': unknown option 'angel': did you mean 'angle'"),
+        ({"sequence": {"beam": 2}}, "method 'sequence': unknown option 'beam': did you mean 'beams'"),
         ({"hidden": {"weight": "much"}}, "the weight of method 'hidden' must be a positive number, got 'much'"),
     ]:
         with pytest.raises(ValueError, match=message):

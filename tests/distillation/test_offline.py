@@ -90,7 +90,7 @@ def mine(scores: Tensor, wanted: Tensor, labels: Tensor, **_: Any) -> Tensor:
         ({"student": nn.Linear(6, 11)}, ValueError, "the student has 11 classes, the cached teacher 12"),
         ({"temperature": 2.0}, ValueError, r"cached at temperature 1.0, and its tail cannot be tempered to 2.0: pass"),
         ({"method": {"logits": 0.5}}, ValueError, "method 'logits' with a weight or options would change nothing with"),
-        ({"method": {"logits": {"beta": 0.5}}}, ValueError, "method 'logits' with a weight or options would change"),
+        ({"method": {"logits": {"alpha": 0.9}}}, ValueError, "method 'logits' with a weight or options would change"),
         (
             {"teacher_scheme": "w8a8", "teacher_weights": [2.0]},
             ValueError,

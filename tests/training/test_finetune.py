@@ -70,6 +70,8 @@ def test_a_step_without_labels_is_passed_over_and_said(accumulate: int, caplog: 
 def test_what_it_refuses() -> None:
     with pytest.raises(DataError, match="label 2 is out of range: the model has 2 classes"):
         finetune(nn.Linear(6, 2), blobs(), progress=False)
+    with pytest.raises(ValueError, match=r"label_smoothing is a share, 0\.\.1, got 2"):
+        finetune(nn.Linear(6, 3), blobs(), label_smoothing=2, progress=False)
     broken = nn.Linear(6, 3)
     with torch.no_grad():
         broken.weight[0, 0] = float("nan")

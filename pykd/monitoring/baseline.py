@@ -86,9 +86,9 @@ class Baseline:
         rows: Sequence[Mapping[str, float]],
         labels: Sequence[str],
         *,
-        vectors: ArrayLike | None = None,
+        vectors: Sequence[ArrayLike | None] | None = None,
     ) -> Baseline:
-        """From the quantities and the answers of ``rows`` predictions, and if there are any their embeddings.
+        """From the quantities and the answers of ``rows`` predictions, and the embeddings of those that have one.
 
         Raises ValueError without rows, or where the numbers of rows, labels and vectors differ.
 
@@ -96,13 +96,16 @@ class Baseline:
         >>> Baseline.of("digits", rows, ["odd", "even"]).values["confidence"]
         (0.8, 0.9)
         """
-        counts = {len(rows), len(labels), len(rows) if vectors is None else len(np.asarray(vectors))}
+        given = [None] * len(rows) if vectors is None else list(vectors)
+        counts = {len(rows), len(labels), len(given)}
         if len(counts) > 1 or not rows:
             raise ValueError(f"a baseline needs as many labels and embeddings as rows, and rows, got {sorted(counts)}")
-        found = None if vectors is None else Embeddings.of(vectors)
-        described: list[dict[str, float]] = [dict(row) for row in rows]
-        if found is not None:
-            described = [row | found.describe(v) for row, v in zip(described, np.asarray(vectors), strict=True)]
+        known = [vector for vector in given if vector is not None]
+        found = Embeddings.of(np.stack(known)) if known else None
+        described: list[dict[str, float]] = [
+            dict(row) | (found.describe(vector) if found is not None and vector is not None else {})
+            for row, vector in zip(rows, given, strict=True)
+        ]
         names = dict.fromkeys(name for row in described for name in row)
         values = {name: _thinned([row[name] for row in described if name in row]) for name in names}
         return cls(model, len(rows), values, dict(Counter(labels)), found)
@@ -139,9 +142,19 @@ class Baseline:
                 values={name: tuple(map(float, values)) for name, values in content["values"].items()},
                 labels={name: int(count) for name, count in content["labels"].items()},
                 embeddings=Embeddings(**arrays) if arrays else None,
-            )
+            )._sound()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} is no baseline that can be read ({error}): make it again") from None
+
+    def _sound(self) -> Baseline:
+        """Itself, if later traffic can be held against it. Raises ValueError."""
+        if not sum(self.labels.values()) or not all(
+            values and np.isfinite(values).all() for values in self.values.values()
+        ):
+            raise ValueError("a quantity without values, or with some that are not finite")
+        if self.embeddings is not None and self.embeddings.directions.shape[1:] != self.embeddings.mean.shape:
+            raise ValueError("directions of another width than the mean's")
+        return self
 
 
 def _thinned(values: Sequence[float]) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from pykd.monitoring.baseline import Baseline, quantities
 
 
 class HeadInputs:
-    """The embeddings of the newest batch: what the last layer with one output per class read, (rows, width).
+    """The embeddings of the newest batch: what the last layer with one output per class read, (rows, ``width``).
 
     What a layer reads at several positions is averaged: of images (rows, channels, height, width) over the last two,
     else over all but the first and the last. Raises ValueError for a model without such a layer.
@@ -38,6 +38,8 @@ class HeadInputs:
         if not heads:
             raise ValueError(f"{type(model).__name__} has no layer with one output for each of its {classes} classes")
         self._newest: Tensor | None = None
+        head: Any = heads[-1]
+        self.width = int(head.in_features if hasattr(head, "in_features") else head.in_channels)
         self._handle = heads[-1].register_forward_pre_hook(self._note)
 
     def _note(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -85,7 +87,7 @@ def measure_baseline(model: nn.Module, data: DataBundle, *, name: str = "model",
             rows += [quantities(row, length=length) for row, length in zip(shares, lengths, strict=True)]
             labels += [str(data.class_names[best]) for best in shares.argmax(-1)]
             vectors.append(head.take())
-    return Baseline.of(name, rows, labels, vectors=np.concatenate(vectors))
+    return Baseline.of(name, rows, labels, vectors=list(np.concatenate(vectors)))
 
 
 def token_counts(batch: dict[str, Tensor]) -> list[int | None]:

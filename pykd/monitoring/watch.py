@@ -33,8 +33,9 @@ class Prediction:
 class ModelWatch:
     """A rolling window over a model's predictions, and one over the labels that came for them.
 
-    Without a baseline the first ``thresholds.window`` predictions become it. :meth:`check` says what drifts;
-    ``alarms`` holds the sentences of what was alarming at the last check or label.
+    Without a baseline the first ``thresholds.window`` predictions become it, as soon as ``thresholds.minimum`` of them
+    have an embedding, or none has. :meth:`check` says what drifts; ``alarms`` holds the sentences of what was alarming
+    at the last check or label.
 
     >>> watch = ModelWatch("m", thresholds=Thresholds(window=4, minimum=2, minimum_labels=1))
     >>> for number in range(4):
@@ -57,16 +58,18 @@ class ModelWatch:
 
         With the prediction that fills the first window the baseline is made.
         """
+        self.remembered(self._described(prediction))
+        if self.baseline is None and self._complete():
+            self._begin()
+        return self._window[-1]
+
+    def remembered(self, prediction: Prediction) -> None:
+        """Take a prediction of an earlier time, of which no embedding is left: no baseline is made of these alone."""
         self.predictions += 1
-        kept = self._described(prediction)
-        self._window.append(kept)
-        self._answers[kept.id] = kept.label
+        self._window.append(prediction)
+        self._answers[prediction.id] = prediction.label
         if len(self._answers) > REMEMBERED:
             self._answers.popitem(last=False)
-        if self.baseline is None and len(self._window) == self.thresholds.window:
-            self._begin()
-            kept = self._window[-1]
-        return kept
 
     def labelled(self, prediction: str, label: str) -> str:
         """Take the true label of a prediction, once; returns what had been predicted. KeyError for an unknown id."""
@@ -103,15 +106,16 @@ class ModelWatch:
     @property
     def alarms(self) -> list[str]:
         """One sentence for everything that is beyond its threshold: drift at the last check, quality now."""
-        found = [drift.sentence() for drift in self.drifts if drift.alarm]
-        scored = self.quality()
-        for name in ("accuracy", "f1"):
-            limit = getattr(self.thresholds, name)
-            if limit is not None and scored["labels"] >= self.thresholds.minimum_labels and scored[name] < limit:
-                found.append(
-                    f"{name} has fallen to {scored[name]:.4f}, below {limit:g}, over {scored['labels']} labels"
-                )
-        return found
+        return [drift.sentence() for drift in self.drifts if drift.alarm] + self.quality_alarms(self.quality())
+
+    def quality_alarms(self, scored: Mapping[str, Any]) -> list[str]:
+        """One sentence for each share of what :meth:`quality` has said that is below its threshold."""
+        limits = {name: getattr(self.thresholds, name) for name in ("accuracy", "f1")}
+        return [
+            f"{name} has fallen to {scored[name]:.4f}, below {limit:g}, over {scored['labels']} labels"
+            for name, limit in limits.items()
+            if limit is not None and scored["labels"] >= self.thresholds.minimum_labels and scored[name] < limit
+        ]
 
     def state(self) -> dict[str, Any]:
         """Everything above as JSON values, with the latencies of the window in milliseconds."""
@@ -126,12 +130,17 @@ class ModelWatch:
             "alarms": self.alarms,
         }
 
+    def _complete(self) -> bool:
+        """Whether the window is full and tells how the embeddings of the model lie, if it has any."""
+        if len(self._window) < self.thresholds.window:
+            return False
+        known = sum(prediction.vector is not None for prediction in self._window)
+        return not known or known >= self.thresholds.minimum
+
     def _begin(self) -> None:
         rows = list(self._window)
-        vectors = [prediction.vector for prediction in rows if prediction.vector is not None]
-        complete = np.stack(vectors) if len(vectors) == len(rows) else None
         numbers = [prediction.numbers for prediction in rows]
-        self.baseline = Baseline.of(self.name, numbers, [p.label for p in rows], vectors=complete)
+        self.baseline = Baseline.of(self.name, numbers, [p.label for p in rows], vectors=[p.vector for p in rows])
         self._window.extend([self._described(prediction) for prediction in rows])
 
     def _described(self, prediction: Prediction) -> Prediction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pykd.errors import PykdError
+from pykd.errors import ArtifactError
 from pykd.monitoring import Baseline, ModelWatch, Prediction, RotatingLog, Thresholds, quantities, read_log
 from pykd.monitoring.service_log import SERVICE_LOG
 
@@ -25,10 +25,6 @@ logger = logging.getLogger(__name__)
 EVERY = 50
 #: Predictions that may wait for the thread; more are not watched, and counted.
 WAITING = 10_000
-
-
-class UnknownPredictionError(PykdError, LookupError):
-    """No prediction with this id waits for its label."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +44,24 @@ class Monitoring:
     """Watches the models of a service. folder: ``service.jsonl`` is its log, ``baselines/NAME.json`` the baselines.
 
     None keeps nothing. What an earlier service logged there is taken up again. A model without a baseline gets one from
-    its first predictions, which is stored.
+    its first predictions, which is stored. widths: of the embeddings of the models that are served, by name.
+
+    Raises ArtifactError for a baseline that cannot be read, or is of a model with embeddings of another width.
     """
 
-    def __init__(self, folder: str | Path | None, thresholds: Thresholds | None = None, *, every: int = EVERY) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None,
+        thresholds: Thresholds | None = None,
+        *,
+        every: int = EVERY,
+        widths: Mapping[str, int] | None = None,
+    ) -> None:
         self.folder = Path(folder) if folder is not None else None
         self.thresholds, self.every = thresholds or Thresholds(), every
-        self.unwatched = 0
+        self.unwatched, self._widths = 0, widths or {}
         self._lock = threading.Lock()
-        self._queue: queue.Queue[Seen | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[Seen | threading.Event | None] = queue.Queue(WAITING)
         self._watches: dict[str, ModelWatch] = {}
         self._log: RotatingLog | None = None
         self._thread: threading.Thread | None = None
@@ -75,25 +80,33 @@ class Monitoring:
         except queue.Full:
             self.unwatched += len(seen.ids)
 
-    def label(self, id: str, label: str) -> dict[str, Any]:
-        """Take the true label of a prediction; what was predicted, and the model's quality since.
+    def label(self, true: Sequence[tuple[str, str]]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Take the true labels of predictions, pairs of an id and a label.
 
-        Raises UnknownPredictionError for an id that is not, or no longer, known, or that has its label.
+        Returns what was predicted, with the quality of its model after them all, and the ids that are not, or no
+        longer, known, or have their label.
         """
         self.flush()
+        taken: list[dict[str, Any]] = []
+        unknown: list[str] = []
         with self._lock:
-            watch = next((watch for watch in self._watches.values() if watch.knows(id)), None)
-            if watch is None:
-                raise UnknownPredictionError(
-                    f"no prediction {id!a} waits for its label: it is old, labelled, or never was"
-                )
-            answer = watch.labelled(id, label)
-            found = {"model": watch.name, "predicted": answer, "correct": answer == label, **watch.quality()}
-            alarms = [alarm for alarm in watch.alarms if alarm.startswith(("accuracy", "f1"))]
-        self._note("label", model=watch.name, id=id, label=label, predicted=answer)
-        quality = {name: found[name] for name in ("labels", "accuracy", "f1")}
-        self._note("quality", model=watch.name, **quality, alarms=alarms)
-        return {**found, "alarms": alarms}
+            for id, label in true:
+                watch = next((watch for watch in self._watches.values() if watch.knows(id)), None)
+                if watch is None:
+                    unknown.append(id)
+                    continue
+                answer = watch.labelled(id, label)
+                self._note("label", model=watch.name, id=id, label=label, predicted=answer)
+                taken.append({"id": id, "model": watch.name, "predicted": answer, "correct": answer == label})
+            since = {name: self._quality(name) for name in {entry["model"] for entry in taken}}
+        return [entry | since[entry["model"]] for entry in taken], unknown
+
+    def _quality(self, name: str) -> dict[str, Any]:
+        watch = self._watches[name]
+        found = watch.quality()
+        found["alarms"] = watch.quality_alarms(found)
+        self._note("quality", model=name, **found)
+        return found
 
     def state(self) -> dict[str, Any]:
         """Every model's window, drift, quality and alarms, as of now."""
@@ -105,8 +118,12 @@ class Monitoring:
         return {"models": models, "unwatched": self.unwatched}
 
     def flush(self) -> None:
-        """Return when everything seen so far has been taken."""
-        self._queue.join()
+        """Return when everything seen so far has been taken; what comes meanwhile is not waited for."""
+        thread, taken = self._thread, threading.Event()
+        if thread is not None:
+            self._queue.put(taken)
+            while thread.is_alive() and not taken.wait(1.0):
+                pass
 
     def close(self) -> None:
         """Take what is waiting, and end."""
@@ -121,13 +138,13 @@ class Monitoring:
 
     def _work(self) -> None:
         while (seen := self._queue.get()) is not None:
+            if isinstance(seen, threading.Event):
+                seen.set()
+                continue
             try:
                 self._take(seen)
             except Exception:
                 logger.exception("a prediction of %s could not be watched", seen.model)
-            finally:
-                self._queue.task_done()
-        self._queue.task_done()
 
     def _take(self, seen: Seen) -> None:
         with self._lock:
@@ -152,6 +169,12 @@ class Monitoring:
         if name not in self._watches:
             file = self._baseline(name)
             baseline = Baseline.load(file) if file is not None and file.exists() else None
+            width, embeddings = self._widths.get(name), baseline.embeddings if baseline is not None else None
+            if embeddings is not None and width is not None and len(embeddings.mean) != width:
+                raise ArtifactError(
+                    f"{file} is of another model: its embeddings have {len(embeddings.mean)} numbers, those of {name} "
+                    f"{width}; remove it, or make it again"
+                )
             self._watches[name] = ModelWatch(name, baseline, self.thresholds)
         return self._watches[name]
 
@@ -159,10 +182,13 @@ class Monitoring:
         return None if self.folder is None else self.folder / "baselines" / f"{quote(name, safe='')}.json"
 
     def _store(self, watch: ModelWatch) -> None:
-        """Write a new baseline where there is a place for it."""
+        """Write a new baseline where there is a place for it; a disk without room costs the file alone."""
         file = self._baseline(watch.name)
         if file is not None and watch.baseline is not None and not file.exists():
-            watch.baseline.save(file)
+            try:
+                watch.baseline.save(file)
+            except ArtifactError as error:
+                logger.warning("the next service makes a new baseline of %s: %s", watch.name, error)
 
     def _note(self, event: str, **values: Any) -> None:
         if self._log is not None:
@@ -172,14 +198,22 @@ class Monitoring:
         """Windows, open ids and labels as the log tells them."""
         for file in sorted((folder / "baselines").glob("*.json")):
             self._watch(unquote(file.stem))
+        damaged = 0
         for event in read_log(folder / SERVICE_LOG):
-            if event["event"] == "prediction":
-                watch = self._watch(event["model"])
-                watch.predicted(Prediction(event["id"], event["label"], event["numbers"]))
-            elif event["event"] == "label" and self._watch(event["model"]).knows(event["id"]):
-                self._watch(event["model"]).labelled(event["id"], event["label"])
-        for watch in self._watches.values():
-            self._store(watch)
+            try:
+                self._again(event)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                damaged += 1
+        if damaged:
+            logger.warning("%d lines of %s are no events of a service: passed over", damaged, folder / SERVICE_LOG)
+
+    def _again(self, event: Mapping[str, Any]) -> None:
+        """A prediction or a label of an earlier service."""
+        if event["event"] == "prediction":
+            numbers = {str(name): float(value) for name, value in event["numbers"].items()}
+            self._watch(str(event["model"])).remembered(Prediction(str(event["id"]), str(event["label"]), numbers))
+        elif event["event"] == "label" and (watch := self._watch(str(event["model"]))).knows(event["id"]):
+            watch.labelled(event["id"], str(event["label"]))
 
 
 class MonitoringMetrics(Collector):

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from pykd.serve.monitoring import Monitoring, MonitoringMetrics, Seen, UnknownPredictionError
+from pykd.serve.monitoring import Monitoring, MonitoringMetrics, Seen
 from pykd.serve.state import Answered, State
 
 #: What takes a second to import, before there are requests that would wait for it.
@@ -37,20 +37,16 @@ def router(state: State) -> APIRouter:
     routes = APIRouter(tags=["monitoring"])
     for name in NEEDED if state.models else ():
         importlib.import_module(name)
-    monitoring = Monitoring(state.settings.state, state.settings.thresholds)
+    heads = {name: getattr(served.predictor, "head", None) for name, served in state.models.items()}
+    widths = {name: head.width for name, head in heads.items() if head is not None}
+    monitoring = Monitoring(state.settings.state, state.settings.thresholds, widths=widths)
     state.metrics.registry.register(MonitoringMetrics(monitoring))
     state.observers.append(lambda answered: _see(state, monitoring, answered))
     state.closing.append(monitoring.close)
 
     @routes.post("/feedback", summary="True labels of earlier predictions, for rolling accuracy and F1")
     def feedback(request: FeedbackRequest) -> dict[str, Any]:
-        taken: list[dict[str, Any]] = []
-        unknown: list[str] = []
-        for entry in request.labels:
-            try:
-                taken.append({"id": entry.id, **monitoring.label(entry.id, entry.label)})
-            except UnknownPredictionError:
-                unknown.append(entry.id)
+        taken, unknown = monitoring.label([(entry.id, entry.label) for entry in request.labels])
         return {"taken": taken, "unknown": unknown}
 
     @routes.get("/monitoring", summary="Drift against the baseline, quality by true labels, latency, alarms")

@@ -149,7 +149,11 @@ def test_a_baseline_comes_back_from_its_file(baseline: Baseline, tmp_path: Path)
 
 def test_files_that_are_no_baseline(tmp_path: Path, baseline: Baseline) -> None:
     file = tmp_path / "b.json"
-    for content in ("", "[]", "{}", json.dumps({"format_version": 9})):
+    baseline.save(file)
+    sound = json.loads(file.read_text())
+    damaged = ({"values": {"length": []}}, {"values": {"length": [float("nan")]}}, {"labels": {}},
+               {"embeddings": {"mean": [0.0, 1.0], "directions": [[1.0]]}})  # fmt: skip
+    for content in ("", "[]", "{}", *(json.dumps(sound | change) for change in ({"format_version": 9}, *damaged))):
         file.write_text(content)
         with pytest.raises(ArtifactError, match=r"b\.json is no baseline that can be read \(.*\): make it again"):
             Baseline.load(file)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,10 +12,11 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from pykd.monitoring import Thresholds, read_log
+from pykd.errors import ArtifactError
+from pykd.monitoring import Baseline, Thresholds, read_log
 from pykd.monitoring.service_log import SERVICE_LOG, ServiceMonitor
 from pykd.serve import monitoring as module
-from pykd.serve.monitoring import Monitoring, MonitoringMetrics, Seen, UnknownPredictionError
+from pykd.serve.monitoring import Monitoring, MonitoringMetrics, Seen
 
 THRESHOLDS = Thresholds(window=100, minimum=50, minimum_labels=5, accuracy=0.5)
 Make = Callable[..., Monitoring]
@@ -77,25 +81,24 @@ def test_shifted_lengths_raise_the_alarm_in_state_log_and_metrics(make: Make, tm
 def test_labels_make_quality_and_its_alarm(make: Make, tmp_path: Path) -> None:
     monitoring = make()
     monitoring.see(seen("r", 6))
-    first = monitoring.label("r-0", "spam")
-    assert first == {"model": "m", "predicted": "spam", "correct": True, "labels": 1, "accuracy": 1.0, "f1": 1.0,
-                     "alarms": []}  # fmt: skip
-    last = [monitoring.label(f"r-{row}", "ham") for row in range(1, 5)][-1]
+    (first,), unknown = monitoring.label([("r-0", "spam"), ("none", "spam")])
+    assert first == {"id": "r-0", "model": "m", "predicted": "spam", "correct": True, "labels": 1, "accuracy": 1.0,
+                     "f1": 1.0, "alarms": []}  # fmt: skip
+    assert unknown == ["none"]
+    last = monitoring.label([(f"r-{row}", "ham") for row in range(1, 5)])[0][-1]
     assert last["accuracy"] == 0.2 and last["alarms"] == ["accuracy has fallen to 0.2000, below 0.5, over 5 labels"]
-    for id in ("r-0", "none"):
-        with pytest.raises(UnknownPredictionError, match=f"no prediction '{id}' waits for its label: it is old"):
-            monitoring.label(id, "spam")
+    assert monitoring.label([("r-0", "spam")]) == ([], ["r-0"])
     registry = CollectorRegistry()
     registry.register(MonitoringMetrics(monitoring))
     assert 'pykd_rolling_accuracy{model="m"} 0.2' in generate_latest(registry).decode()
     events = [event["event"] for event in read_log(tmp_path / "state" / SERVICE_LOG)]
-    assert events.count("prediction") == 6 and events.count("label") == events.count("quality") == 5
+    assert events.count("prediction") == 6 and events.count("label") == 5 and events.count("quality") == 2
 
 
 def test_a_restart_goes_on_where_the_log_ends(make: Make) -> None:
     before = make()
     fill(before, range(30))
-    before.label("r29-0", "ham")
+    before.label([("r29-0", "ham")])
     left = before.state()["models"]["m"]
     before.close()
     after = make()
@@ -105,9 +108,88 @@ def test_a_restart_goes_on_where_the_log_ends(make: Make) -> None:
     )
     lengths = [next(one for one in state["drift"] if one["quantity"] == "length") for state in (found, left)]
     assert lengths[0] == lengths[1]
-    assert after.label("r29-1", "spam")["labels"] == 2
-    with pytest.raises(UnknownPredictionError):
-        after.label("r29-0", "ham")
+    assert after.label([("r29-1", "spam")])[0][0]["labels"] == 2
+    assert after.label([("r29-0", "ham")]) == ([], ["r29-0"])
+
+
+def test_a_baseline_is_not_made_of_a_log_that_has_no_embeddings(make: Make, tmp_path: Path) -> None:
+    before = make()
+    fill(before, range(15))
+    before.close()
+    after = make()
+    fill(after, range(15, 24))  # the window is full, with 45 embeddings in it
+    assert after.state()["models"]["m"]["baseline_rows"] is None
+    fill(after, range(24, 25))
+    assert after.state()["models"]["m"]["baseline_rows"] == 100
+    fill(after, range(25, 45))
+    drift = {found["quantity"] for found in after.state()["models"]["m"]["drift"]}
+    assert {"embedding_distance", "embedding_3"} <= drift
+    after.close()
+    (tmp_path / "state" / "baselines" / "m.json").unlink()
+    assert make().state()["models"]["m"]["baseline_rows"] is None
+
+
+def test_a_baseline_of_another_model_is_named_at_the_start(make: Make) -> None:
+    before = make()
+    fill(before, range(20))
+    before.close()
+    with pytest.raises(
+        ArtifactError, match=r"m\.json is of another model: its embeddings have 4 numbers, those of m 8"
+    ):
+        make(widths={"m": 8})
+    assert make(widths={"m": 4}).state()["models"]["m"]["baseline_rows"] == 100
+
+
+def test_a_baseline_that_finds_no_room_is_used_all_the_same(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: Baseline, path: Path) -> None:
+        raise ArtifactError("no space left on the disk")
+
+    monkeypatch.setattr(Baseline, "save", full)
+    monitoring = make()
+    fill(monitoring, range(30))
+    assert monitoring.state()["models"]["m"]["predictions"] == 150
+    assert "the next service makes a new baseline of m: no space left on the disk" in caplog.text
+
+
+def test_lines_of_the_log_that_say_nothing_are_passed_over(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = make()
+    fill(before, range(2))
+    before.close()
+    with (tmp_path / "state" / SERVICE_LOG).open("a") as log:
+        for event in ({"event": "prediction"}, {"event": "label", "model": "m"},
+                      {"event": "prediction", "model": "m", "id": "x", "label": "a", "numbers": [1]}):  # fmt: skip
+            log.write(json.dumps({"time": 1, **event}) + "\n")
+    assert make().state()["models"]["m"]["predictions"] == 10
+    assert "3 lines of" in caplog.text and "are no events of a service: passed over" in caplog.text
+
+
+def test_what_comes_meanwhile_is_not_waited_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitoring, stop = make(), threading.Event()
+    take = monitoring._take
+    monkeypatch.setattr(monitoring, "_take", lambda each: (time.sleep(0.01), take(each)))
+
+    def crowd() -> None:
+        number = 0
+        while not stop.wait(0.001):  # ten times what is taken
+            monitoring.see(seen(f"c{number}", 1))
+            number += 1
+
+    thread, patience = threading.Thread(target=crowd), threading.Timer(8.0, stop.set)
+    thread.start()
+    patience.start()
+    try:
+        time.sleep(0.1)
+        began = time.monotonic()
+        monitoring.flush()
+        assert time.monotonic() - began < 6
+    finally:
+        stop.set()
+        patience.cancel()
+        thread.join()
 
 
 def test_what_does_not_fit_into_the_queue_is_counted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,8 +210,11 @@ def _figure(width: float, height: float, *, columns: int) -> tuple[Any, list[Any
 
 def _svg(figure: Any) -> str:
     import matplotlib
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names of classes and models may hold dollar signs
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "pykd", "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"svg.hashsalt": "pykd", "svg.fonttype": "path", "text.parse_math": False}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

@@ -47,11 +47,17 @@ def decode_labels(content: bytes) -> list[int]:
     """
     if len(content) < HEADER.size or content[:2] != MAGIC:
         raise ValueError(f"expected {MEDIA_TYPE}, got {len(content)} bytes that do not begin with its header")
-    _, version, bits, _, count = HEADER.unpack_from(content)
+    _, version, bits, classes, count = HEADER.unpack_from(content)
     if version != VERSION:
         raise ValueError(f"version {version} of {MEDIA_TYPE} is unknown, this is version {VERSION}: upgrade pykd")
+    if bits != max(1, (classes - 1).bit_length()):
+        raise ValueError(f"labels of {classes} classes do not take {bits} bits: the content is damaged")
     body = content[HEADER.size :]
     if len(body) != -(-count * bits // 8):
         raise ValueError(f"{count} labels of {bits} bits take {-(-count * bits // 8)} bytes, got {len(body)}")
     packed, mask = int.from_bytes(body, "little"), (1 << bits) - 1
-    return [packed >> (position * bits) & mask for position in range(count)]
+    labels = [packed >> (position * bits) & mask for position in range(count)]
+    wrong = next((label for label in labels if label >= classes), None)
+    if wrong is not None:
+        raise ValueError(f"label {wrong} is out of range, there are {classes} classes: the content is damaged")
+    return labels

@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from pykd.serve.monitoring import Monitoring, MonitoringMetrics, Seen
+from pykd.serve.monitoring import Monitoring, Seen
+from pykd.serve.monitoring_metrics import MonitoringMetrics
 from pykd.serve.state import Answered, State
 
 #: What takes a second to import, before there are requests that would wait for it.

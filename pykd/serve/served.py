@@ -21,7 +21,7 @@ from pykd.serve.metrics import Metrics
 from pykd.serve.predictors import Answer, Input, Predictor
 from pykd.serve.roots import check_folder
 from pykd.serve.settings import Settings
-from pykd.serve.texts import TextClassifier, TextGenerator, TokenClassifier
+from pykd.serve.texts import Reader, TextClassifier, TextGenerator, TokenClassifier
 
 #: How transformers ends the names of classes with a head -> what such a model is served as.
 HEADS = {
@@ -56,14 +56,17 @@ def load_models(settings: Settings, metrics: Metrics, compute: ThreadPoolExecuto
 
 
 def named(given: str) -> tuple[str, Path]:
-    """(name, folder) of `FOLDER` or `NAME=FOLDER`.
+    """(name, folder) of `FOLDER` or `NAME=FOLDER`; a folder that exists is one, whatever it is called.
 
     >>> named("spam=runs/a/model")[0], named("runs/model")[0]
     ('spam', 'model')
     """
     name, separator, path = given.partition("=")
-    folder = Path(path if separator else given)
-    return (name if separator else folder.resolve().name), folder
+    if not separator or Path(given).is_dir():
+        return Path(given).resolve().name, Path(given)
+    if not name:
+        raise ValueError(f"{given!r} names no model: write NAME=FOLDER, or FOLDER alone")
+    return name, Path(path)
 
 
 def load_served(name: str, folder: Path, settings: Settings, metrics: Metrics, compute: ThreadPoolExecutor) -> Served:
@@ -129,12 +132,10 @@ def predictor_of(model: nn.Module, folder: Path, settings: Settings) -> Predicto
     tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         raise ArtifactError(f"{folder} holds no tokenizer: save the model with one, tokenizer=")
-    options: dict[str, Any] = {"max_tokens": settings.max_tokens, "name": str(folder)}
+    reader = Reader(model, tokenizer, settings.max_tokens, str(folder))
     if task == "seq2seq":
-        return TextGenerator(model, tokenizer, max_new_tokens=settings.max_new_tokens, **options)
-    if task == "token-classification":
-        return TokenClassifier(model, tokenizer, labels, **options)
-    return TextClassifier(model, tokenizer, labels, **options)
+        return TextGenerator(model, reader, max_new_tokens=settings.max_new_tokens)
+    return (TokenClassifier if task == "token-classification" else TextClassifier)(model, reader, labels)
 
 
 def labels_of(model: nn.Module, class_names: Sequence[str]) -> tuple[str, ...]:

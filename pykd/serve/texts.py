@@ -20,14 +20,18 @@ WORD = re.compile(r"\S+")
 OUTSIDE = "O"
 
 
-class _Reader:
-    """The tokenizer of a model: token numbers of texts, cut where the model or the service ends."""
+class Reader:
+    """The tokenizer of a model: token numbers of texts, cut where the model or the service ends.
+
+    Raises ArtifactError for a tokenizer that only Python runs, too slowly for a service.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_tokens: int, name: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ArtifactError(
                 f"{name} has no fast tokenizer, which the service reads texts with: save the model with tokenizer.json"
             )
+        self.tokenizer: Any = tokenizer
         self.backend: Any = tokenizer.backend_tokenizer
         self.backend.no_padding()
         self.max_tokens = min(max_tokens, int(tokenizer.model_max_length), _positions(model))
@@ -54,11 +58,8 @@ class TextClassifier:
 
     task, takes = "text-classification", "text"
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, labels: tuple[str, ...], *, max_tokens: int, name: str
-    ) -> None:
-        self.model, self.labels = model, labels
-        self.reader = _Reader(model, tokenizer, max_tokens, name)
+    def __init__(self, model: nn.Module, reader: Reader, labels: tuple[str, ...]) -> None:
+        self.model, self.reader, self.labels = model, reader, labels
         self.head = HeadInputs(model)
         config: Any = getattr(model, "config", None)
         self.independent = getattr(config, "problem_type", None) == "multi_label_classification"
@@ -85,11 +86,8 @@ class TokenClassifier:
 
     task, takes = "token-classification", "text"
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, labels: tuple[str, ...], *, max_tokens: int, name: str
-    ) -> None:
-        self.model, self.labels = model, labels
-        self.reader = _Reader(model, tokenizer, max_tokens, name)
+    def __init__(self, model: nn.Module, reader: Reader, labels: tuple[str, ...]) -> None:
+        self.model, self.reader, self.labels = model, reader, labels
 
     def prepare(self, inputs: Sequence[str]) -> list[Input]:
         found = [[match.span() for match in WORD.finditer(text)] for text in inputs]
@@ -153,10 +151,9 @@ class TextGenerator:
 
     task, takes = "seq2seq", "text"
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, max_tokens: int, max_new_tokens: int, name: str) -> None:
-        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+    def __init__(self, model: nn.Module, reader: Reader, *, max_new_tokens: int) -> None:
+        self.model, self.reader, self.max_new_tokens = model, reader, max_new_tokens
         self.labels: tuple[str, ...] = ()
-        self.reader = _Reader(model, tokenizer, max_tokens, name)
 
     def prepare(self, inputs: Sequence[str]) -> list[Input]:
         return self.reader.read(inputs)
@@ -175,7 +172,7 @@ class TextGenerator:
         # Everything after the first end is padding.
         counted = (torch.isin(tokens, ends).long().cumsum(dim=1) - torch.isin(tokens, ends).long()) == 0
         scores = (logs.masked_fill(~counted, 0).sum(dim=1) / counted.sum(dim=1)).exp().tolist()
-        texts = self.tokenizer.batch_decode(made.sequences, skip_special_tokens=True)
+        texts = self.reader.tokenizer.batch_decode(made.sequences, skip_special_tokens=True)
         return [Answer({"text": text, "score": score}) for text, score in zip(texts, scores, strict=True)]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from pykd.evaluation.comparison import ratios
 from pykd.evaluation.page import cards, data_uri, flatten, plain
-from pykd.evaluation.plots import smoothed
+from pykd.evaluation.plots import confusion_heatmap, smoothed, stage_bars
 
 from .conftest import make_report
 
@@ -42,3 +44,10 @@ def test_smoothing_keeps_length_and_constants() -> None:
 def test_a_data_uri() -> None:
     assert data_uri("<svg/>") == "data:image/svg+xml;base64,PHN2Zy8+"
     assert data_uri(b"\x89PNG").startswith("data:image/png;base64,")
+
+
+def test_dollar_signs_in_a_name_are_no_formula() -> None:
+    names = ("$\\frac$", "US$ and CA$", "c")
+    drawn = confusion_heatmap(dataclasses.replace(make_report(), class_names=names))
+    assert all(f"<!-- {name} -->" in drawn for name in names)
+    assert "$\\x{$" in stage_bars([make_report("$\\x{$")], 0)

@@ -33,7 +33,9 @@ def test_labels_out_of_range_are_refused() -> None:
     ("content", "message"),
     [(b"", "got 0 bytes that do not begin"), (b"{" * 20, "got 20 bytes that do not begin"),
      (b"PL\2" + bytes(9), "version 2 of application/vnd.pykd.labels is unknown"),
-     (encode_labels([1] * 9, 2)[:-1], "9 labels of 1 bits take 2 bytes, got 1")],
+     (encode_labels([1] * 9, 2)[:-1], "9 labels of 1 bits take 2 bytes, got 1"),
+     (b"PL\1\0" + bytes([2, 0, 0, 0, 255, 255, 255, 255]), "labels of 2 classes do not take 0 bits"),
+     (b"PL\1\2" + bytes([3, 0, 0, 0, 1, 0, 0, 0, 3]), "label 3 is out of range, there are 3 classes")],
 )  # fmt: skip
 def test_other_content_is_refused(content: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -21,6 +21,7 @@ from pykd.models.huggingface import load_huggingface
 from pykd.serve import Settings
 from pykd.serve import models as part
 from pykd.serve.app import create_app
+from pykd.serve.served import named
 
 from .conftest import BERT, ask, client_of
 
@@ -136,6 +137,9 @@ def test_what_cannot_be_served_is_refused_at_the_start(
         start(str(text), f"text={folders['tags']}")
     with pytest.raises(ArtifactError, match="none is not a folder: name one that pykd saved"):
         start("none")
+    with pytest.raises(ValueError, match="'=none' names no model: write NAME=FOLDER, or FOLDER alone"):
+        start("=none")
+    assert named(str(shutil.copytree(text, tmp_path / "lr=0.1"))) == ("lr=0.1", tmp_path / "lr=0.1")
     config = {**BERT, "vocab_size": 9}
     for kind, task, labels, message in (
         ("base", "masked-lm", None, "holds a BertForMaskedLM, which is not served"),
@@ -148,9 +152,7 @@ def test_what_cannot_be_served_is_refused_at_the_start(
 
 
 def test_a_tokenizer_that_cannot_be_trusted_with_time_is_refused() -> None:
-    from pykd.serve.texts import TextClassifier
+    from pykd.serve.texts import Reader
 
     with pytest.raises(ArtifactError, match="slow has no fast tokenizer"):
-        TextClassifier(
-            load_huggingface(None, config={**BERT, "vocab_size": 9}), object(), ("a",), max_tokens=9, name="slow"
-        )
+        Reader(load_huggingface(None, config={**BERT, "vocab_size": 9}), object(), 9, "slow")

@@ -16,7 +16,8 @@ from pykd.errors import ArtifactError
 from pykd.monitoring import Baseline, Thresholds, read_log
 from pykd.monitoring.service_log import SERVICE_LOG, ServiceMonitor
 from pykd.serve import monitoring as module
-from pykd.serve.monitoring import Monitoring, MonitoringMetrics, Seen
+from pykd.serve.monitoring import Monitoring, Seen
+from pykd.serve.monitoring_metrics import MonitoringMetrics
 
 THRESHOLDS = Thresholds(window=100, minimum=50, minimum_labels=5, accuracy=0.5)
 Make = Callable[..., Monitoring]

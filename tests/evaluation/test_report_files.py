@@ -66,6 +66,12 @@ def write(directory: Path, reports: list[Report], **options: Any) -> Path:
     return write_report(directory, compare(reports), options.pop("data", bundle()), **{"title": "run", **options})
 
 
+def test_validations_without_examples_of_errors(tmp_path: Path, reports: list[Report]) -> None:
+    entry = {"step": 4, "metric": "accuracy", "value": 0.5, "action": "best", "sentence": "first", "last_change": None}
+    stages = {"1-distill": StageRecord(1.0, {"stage": "distill", "validations": [entry]})}
+    assert "Validation and guard" in page(write(tmp_path, reports, stages=stages)).words
+
+
 def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, reports: list[Report]) -> None:
     path = write(tmp_path / "new" / "run", reports, stages=STAGES, settings={"seed": 0, "stages": [{"a": 1}]})
     assert path == tmp_path / "new" / "run" / "report.html"

@@ -91,7 +91,7 @@ def safety(
     output: NumbersFile = None,
 ) -> None:
     """Put a text classifier before safety benchmarks; exit code 1 if it lets through or stops more than its limits."""
-    from pykd.evaluation.comparison import table
+    from pykd.evaluation.tables import table
     from pykd.io.files import atomic_write
     from pykd.pipeline import safety_saved
 

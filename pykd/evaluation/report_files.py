@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pykd.data.bundle import DataBundle
-from pykd.evaluation.comparison import Comparison, markdown_table
+from pykd.evaluation.comparison import Comparison
 from pykd.evaluation.environment import environment
 from pykd.evaluation.page import render
 from pykd.evaluation.report import Report
+from pykd.evaluation.tables import markdown_table
 from pykd.io.files import atomic_write
 
 FORMAT_VERSION = 1

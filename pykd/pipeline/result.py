@@ -8,7 +8,8 @@ from typing import Any
 
 from pykd.data import DataBundle
 from pykd.evaluation import Comparison, Report, StageRecord, compare, write_report
-from pykd.evaluation.comparison import ratios, table
+from pykd.evaluation.comparison import ratios
+from pykd.evaluation.tables import table
 from pykd.pipeline.recovery import Recovery, recoveries
 from pykd.pipeline.reload import Reload
 from pykd.pipeline.tensor_bytes import TensorBytes

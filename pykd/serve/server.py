@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from pykd.serve.app import create_app
+from pykd.serve.protocol import Protocol
 from pykd.serve.settings import Settings
 from pykd.serve.state import State
 
@@ -62,11 +64,16 @@ def serve(settings: Settings) -> None:
     """
     with bound(settings.host, settings.port) as door:
         app = create_app(settings)
-        config = uvicorn.Config(
-            app, ws="none", access_log=False, log_config=None, server_header=False, limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=1,
-        )  # fmt: skip
         state: State = app.state.pykd
         models = ", ".join(state.models) or "no model"
-        logger.info("serving %s at http://%s:%d", models, settings.host, door.getsockname()[1])
-        Server(config, state).run([door])
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        logger.info("serving %s at http://%s:%d", models, host, door.getsockname()[1])
+        Server(configured(app), state).run([door])
+
+
+def configured(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app, http=Protocol, ws="none", access_log=False, log_config=None, server_header=False,
+        limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=1,
+    )  # fmt: skip

@@ -34,8 +34,8 @@ class Settings:
     state: folder of what outlives the service: its log, baselines, jobs and their runs; None keeps nothing and starts
     no job. recipes: folder whose recipes may be started as jobs; max_jobs: so many at once. thresholds: of monitoring.
 
-    body_timeout_s: for a body to arrive; timeout_s: for an answer; check_timeout_s: for a check of a model; drain_s:
-    that requests under way have to finish after the first signal to stop.
+    body_timeout_s: for the head of a request to arrive, and for its body; timeout_s: for an answer; check_timeout_s:
+    for a check of a model; drain_s: that requests under way have to finish after the first signal to stop.
 
     >>> Settings(host="0.0.0.0")
     Traceback (most recent call last):
@@ -76,8 +76,10 @@ class Settings:
         self._at_least("batch_window_ms", 0)
         self._at_least("max_queue", self.max_inputs)
         self._at_least("max_jobs", 1)
-        if self.recipes is not None and (self.state is None or not self.recipes.is_dir()):
-            raise ValueError(f"recipes {self.recipes} must be a folder, and state name one for their runs")
+        if self.recipes is not None and not self.recipes.is_dir():
+            raise ValueError(f"recipes are looked for in {self.recipes}, which is not a folder: name one that exists")
+        if self.recipes is not None and self.state is None:
+            raise ValueError(f"the runs of the recipes in {self.recipes} need a folder: name one by --state")
         if self.threads is not None:
             self._at_least("threads", 1)
         for name in ("body_timeout_s", "timeout_s", "check_timeout_s", "drain_s"):

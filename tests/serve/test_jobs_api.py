@@ -163,8 +163,10 @@ def test_all_places_taken(app: FastAPI, tmp_path: Path) -> None:
 
 def test_without_a_folder_there_are_no_jobs(tmp_path: Path, recipes: Path) -> None:
     assert ask(create_app(Settings()), "GET", "/recipes").status_code == 404
-    with pytest.raises(ValueError, match=r"recipes \S+ must be a folder, and state name one for their runs"):
+    with pytest.raises(ValueError, match=r"the runs of the recipes in \S+ need a folder: name one by --state"):
         Settings(recipes=recipes)
+    with pytest.raises(ValueError, match=r"recipes are looked for in \S+none, which is not a folder"):
+        Settings(recipes=tmp_path / "none", state=tmp_path)
 
 
 def test_a_look_at_a_job_that_must_wait_holds_nobody_up(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,10 @@ import httpx
 import pytest
 
 from pykd.serve import Settings
+from pykd.serve.app import create_app
 from pykd.serve.server import bound, serve
+
+from .running import listening
 
 TOKEN = "a-token-of-24-characters"
 
@@ -71,6 +75,27 @@ def test_it_answers_and_ends_gracefully(folders: dict[str, Path]) -> None:
     assert answers["late"].status_code == 503
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz")
+
+
+def test_a_head_that_does_not_end_or_has_no_end_takes_no_connection() -> None:
+    app = create_app(Settings(body_timeout_s=0.5))
+    with listening(app) as address, contextlib.ExitStack() as stack:
+        where = ("127.0.0.1", int(address.rpartition(":")[2]))
+        silent, slow, after, endless = (
+            stack.enter_context(socket.create_connection(where, timeout=20)) for _ in range(4)
+        )
+        begun = time.monotonic()
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        after.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert after.recv(4096).startswith(b"HTTP/1.1 200 OK")
+        after.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert silent.recv(9) == slow.recv(9) == b"" and after.recv(4096) == b""
+        assert 0.4 < time.monotonic() - begun < 15
+        with contextlib.suppress(ConnectionError):
+            endless.sendall(b"GET /healthz HTTP/1.1\r\n" + b"X-Endless: 0\r\n" * 10_000)
+            assert endless.recv(9) == b""
+        patient = stack.enter_context(httpx.Client(base_url=address))
+        assert [patient.get("/healthz").status_code for _ in range(3)] == [200] * 3
 
 
 def test_an_address_that_cannot_be_listened_at() -> None:

@@ -121,7 +121,9 @@ def _from_pretrained(
             f"(first: {wrong[0]!r}); leave out what changes the shape of pretrained layers."
         )
     if info["missing_keys"]:
-        logger.info("%s lacks %s: newly initialised, to be trained", name, ", ".join(sorted(info["missing_keys"])))
+        lacks = sorted(info["missing_keys"])
+        rest = f" and {len(lacks) - 4} more tensors" if len(lacks) > 4 else ""
+        logger.info("%s lacks %s%s: newly initialised, to be trained", name, ", ".join(lacks[:4]), rest)
     loaded: nn.Module = model
     return loaded
 

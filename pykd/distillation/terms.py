@@ -20,6 +20,7 @@ from pykd.training.finetune import with_auxiliary
 from pykd.training.labels import check_shapes, predicts_next
 from pykd.training.rng import preserved_rng
 from pykd.training.source import Batch
+from pykd.training.state import sharded
 
 OBSERVED = ("hidden", "attention", "summary")
 
@@ -151,6 +152,8 @@ class Terms:
         self, model: nn.Module, batch: Batch, mine: View | None, its: Sequence[View], share: float
     ) -> tuple[View, Sequence[View], Batch]:
         """Both models on the student's own sequences, in this share of the steps, else on those of the data."""
+        if sharded(model):  # processes would write for different numbers of passes, and wait for each other for ever
+            raise ValueError("a student that writes needs whole weights in every process: run under DDP, not FSDP2")
         if torch.rand(()).item() < share:
             batch = written(model, batch, do_sample=True)
         elif mine is not None and its:

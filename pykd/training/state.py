@@ -48,6 +48,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether processes hold shares of the weights (FSDP2), so that all of them must make every pass together."""
+    return any(getattr(parameter, "device_mesh", None) is not None for parameter in model.parameters())
+
+
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

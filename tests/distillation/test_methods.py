@@ -266,6 +266,9 @@ def test_who_cannot_write(bundles: dict[str, DataBundle]) -> None:
         distill(student, teacher, [data.example(2)], method="sequence", **FAST)
     with pytest.raises(DataError, match="BertForSequenceClassification does not generate"):
         distill(student, teacher, data, method={"on_policy": {"share": 1.0}}, **FAST)
+    next(student.parameters()).device_mesh = object()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="a student that writes needs whole weights in every process: run under DDP"):
+        distill(student, teacher, data, method={"on_policy": {"share": 0.0}}, **FAST)
 
 
 # Convolutional networks, and pairs that do not fit.

@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c requirements-dev.txt
 NATIVE := $(shell find csrc kernels -type f 2>/dev/null) CMakeLists.txt pyproject.toml requirements-dev.txt
 FAST := not gpu and not slow and not network and not browser
+# The demo begins anew each time; DEMO_ARGS=--resume goes on with one that was stopped.
+DEMO_ARGS ?= --overwrite
 RESULT := $(shell uname -m)-$(shell date +%Y%m%d)
 
 .PHONY: help demo test test-all bench lint format build sanitize emulate-avx512 gpu-check clean

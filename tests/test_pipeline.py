@@ -244,7 +244,10 @@ def test_a_folder_with_another_run_is_refused(copied: pathlib.Path) -> None:
         run({**TINY, "seed": 1}, output_dir=copied, resume=True)
 
 
-def test_an_unfinished_run_is_not_started_over_by_accident(copied: pathlib.Path) -> None:
+def test_a_run_is_not_started_over_by_accident(copied: pathlib.Path) -> None:
+    with pytest.raises(RecipeError, match=r"holds a finished run of this recipe: read it again with --resume, or star"):
+        run({**TINY, "ablate": ["stages"]}, output_dir=copied)
+    assert (copied / "model").exists() and (copied / "report.json").exists()
     reopen(copied, STAGES[2:])
     with pytest.raises(RecipeError, match=r"holds an unfinished run of this recipe: continue it with --resume"):
         run(TINY, output_dir=copied)

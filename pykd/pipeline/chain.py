@@ -33,7 +33,7 @@ def run(
     ``report.json``, ``report.html``, ``report.md`` and ``run.log``; a recipe named by ``then`` gets a folder inside.
     Teachers that are trained in a run are kept beside it in ``teachers/`` and used again by runs with the same data and
     settings. resume: skip what is finished and continue what was interrupted; on a CPU the result is the same to the
-    bit. overwrite: replace another run in that folder. short: apply the recipe's own ``short`` settings. overrides:
+    bit. overwrite: replace the run that is in that folder. short: apply the recipe's own ``short`` settings. overrides:
     ``key=value`` for the recipe. progress: bars on stderr; None shows them on a terminal only. workers: how many
     runs without one of the components under ``ablate`` are made at a time, each in a process of its own. In the
     processes of ``accelerate launch`` or torchrun the run is one run on all: all train, the first does the rest.

@@ -62,8 +62,8 @@ class RunDirectory:
     def open(cls, path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[RunDirectory]:
         """Hold the folder for this recipe, new, continued (``resume``) or started over (``overwrite``), while inside.
 
-        What is logged meanwhile is added to ``run.log``, with time stamps. Raises RecipeError when the folder holds
-        another run, an unfinished one, or, with ``resume``, none; ArtifactError when another process holds it.
+        What is logged meanwhile is added to ``run.log``, with time stamps. Raises RecipeError when the folder holds a
+        run, with ``resume`` another one or none; ArtifactError when another process holds it.
         """
         directory = cls(path, recipe)
         directory.check(resume=resume, overwrite=overwrite)
@@ -93,10 +93,10 @@ class RunDirectory:
                 f"{self.path} holds another run ({found['name']!r}, recipe {found['recipe_hash']}; this one is "
                 f"{self.hash}): choose another folder with --output, or replace that run with --overwrite"
             )
-        if not resume and not found["finished"]:
+        if not resume:
+            kind, way = ("a finished", "read it again") if found["finished"] else ("an unfinished", "continue it")
             raise RecipeError(
-                f"{self.path} holds an unfinished run of this recipe: continue it with --resume, or start over with "
-                "--overwrite"
+                f"{self.path} holds {kind} run of this recipe: {way} with --resume, or start over with --overwrite"
             )
         return found
 

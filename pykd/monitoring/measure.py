@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pykd.data.bundle import DataBundle, batches
 from pykd.errors import DataError
 from pykd.evaluation.latency import device_of, evaluating
-from pykd.models.adapter import logits, move, num_classes
+from pykd.models.adapter import logits, move, num_classes, unwrap
 from pykd.monitoring.baseline import Baseline, quantities
 
 
@@ -20,7 +20,8 @@ class HeadInputs:
     """The embeddings of the newest batch: what the last layer with one output per class read, (rows, ``width``).
 
     What a layer reads at several positions is averaged: of images (rows, channels, height, width) over the last two,
-    else over all but the first and the last. Raises ValueError for a model without such a layer.
+    else over all but the first and the last. Of a model with a router (:mod:`pykd.models.router`), whose heads read the
+    rows of their branches, it is what the router reads. Raises ValueError for a model without such a layer.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -31,16 +32,10 @@ class HeadInputs:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        classes = num_classes(model)
-        heads = [
-            module for module in model.modules() if classes in (_width(module, "features"), _width(module, "channels"))
-        ]
-        if not heads:
-            raise ValueError(f"{type(model).__name__} has no layer with one output for each of its {classes} classes")
+        head: Any = _head(model)
         self._newest: Tensor | None = None
-        head: Any = heads[-1]
         self.width = int(head.in_features if hasattr(head, "in_features") else head.in_channels)
-        self._handle = heads[-1].register_forward_pre_hook(self._note)
+        self._handle = head.register_forward_pre_hook(self._note)
 
     def _note(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._newest = inputs[0].detach()
@@ -109,6 +104,20 @@ def _inputs(model: nn.Module) -> Iterator[HeadInputs]:
         yield head
     finally:
         head.close()
+
+
+def _head(model: nn.Module) -> nn.Module:
+    """The layer that reads the embedding of every row."""
+    router = getattr(unwrap(model), "router", None)
+    if isinstance(router, nn.Sequential):
+        return router[0]
+    classes = num_classes(model)
+    heads = [
+        module for module in model.modules() if classes in (_width(module, "features"), _width(module, "channels"))
+    ]
+    if not heads:
+        raise ValueError(f"{type(model).__name__} has no layer with one output for each of its {classes} classes")
+    return heads[-1]
 
 
 def _width(module: nn.Module, what: str) -> int | None:

@@ -14,8 +14,12 @@ from torch import nn
 
 from pykd.data.bundle import DataBundle, stack
 from pykd.errors import ArtifactError, DataError
+from pykd.models.huggingface import load_huggingface
+from pykd.models.router import calibrate, from_teacher
 from pykd.monitoring import Baseline, HeadInputs, ModelWatch, Prediction, Thresholds, measure_baseline, quantities
 from pykd.monitoring.watch import REMEMBERED
+
+from .. import routers
 
 SHORT = Thresholds(window=200, minimum=100, minimum_labels=20)
 
@@ -189,6 +193,16 @@ def test_a_baseline_from_data_holds_what_the_head_reads() -> None:
     )
     with pytest.raises(DataError, match="a baseline is of classes with probabilities, and 't' is for token-class"):
         measure_baseline(model, tagged)
+
+
+def test_a_router_tells_the_embedding_of_every_row() -> None:
+    teacher = load_huggingface(None, "sequence-classification", num_labels=2, config=routers.TINY)
+    model = from_teacher(teacher, shared_layers=1, deep_layers=1, experts=2).eval()
+    votes = routers.rows(40, 0)
+    calibrate(model, [routers.collate(votes)], deep_share=0.5)
+    data = DataBundle(train=votes, test=votes, collate=routers.collate, class_names=("no", "yes"), name="votes")
+    found = measure_baseline(model, data, batch_size=16)
+    assert found.rows == 40 and len(found.values["embedding_distance"]) == 40
 
 
 def test_embeddings_of_many_positions_are_averaged() -> None:

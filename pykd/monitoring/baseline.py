@@ -34,10 +34,14 @@ def quantities(
 ) -> dict[str, float]:
     """What one prediction is described by, from the probabilities (classes) of its answer.
 
+    Raises ValueError for probabilities that are not finite.
+
     >>> quantities([0.5, 0.5], length=7)
     {'confidence': 0.5, 'entropy': 1.0, 'length': 7.0}
     """
     shares = np.asarray(probabilities, dtype=np.float64)
+    if not np.isfinite(shares).all():
+        raise ValueError(f"expected probabilities, got {shares.tolist()}: look for NaN or infinite weights")
     positive = shares[shares > 0]
     most = np.log(len(shares)) if len(shares) > 1 else 1.0
     found = {"confidence": float(shares.max()), "entropy": float(-(positive * np.log(positive)).sum() / most)}

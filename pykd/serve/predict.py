@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import math
 import secrets
 import time
 from typing import Any
@@ -80,6 +81,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     404: {"model": Problem, "description": "No such model"},
     406: {"model": Problem, "description": "The model has no class for a whole input, so no labels to pack"},
     429: {"model": Problem, "description": "Too many inputs are waiting; Retry-After says when to try again"},
+    500: {"model": Problem, "description": "The model has no finite scores for an input"},
     504: {"model": Problem, "description": "No answer within the limit of time"},
 }
 
@@ -96,6 +98,7 @@ def router(state: State) -> APIRouter:
         if packed and served.predictor.task not in ("text-classification", "image-classification"):
             raise HTTPException(406, f"{served.name} does not classify whole inputs: accept application/json")
         ready, answers = await within(state.settings.timeout_s, _answers(state, served, inputs), "the prediction")
+        _require_finite(served, answers)
         latency_ms = 1000 * (time.perf_counter() - request.scope["pykd_arrived"])
         state.metrics.predictions.labels(served.name).inc(len(answers))
         ids = prediction_ids(len(answers))
@@ -181,6 +184,14 @@ async def _ready(state: State, served: Served, inputs: list[Any]) -> list[Input]
         return await asyncio.get_running_loop().run_in_executor(state.prepare, prepare, inputs)
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
+
+
+def _require_finite(served: Served, answers: list[Answer]) -> None:
+    for number, one in enumerate(answers):
+        if one.probabilities is not None and not math.isfinite(sum(one.probabilities)):
+            raise HTTPException(
+                500, f"{served.name} has no finite scores for input {number}: its weights are damaged or overflow"
+            )
 
 
 def _prediction(id: str, answer: Answer, labels: tuple[str, ...], top: int) -> Prediction:

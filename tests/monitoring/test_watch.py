@@ -167,6 +167,11 @@ def test_files_that_are_no_baseline(tmp_path: Path, baseline: Baseline) -> None:
         Baseline.of("m", [], [])
 
 
+def test_probabilities_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected probabilities, got \[nan, 0\.5\]: look for NaN"):
+        quantities([float("nan"), 0.5])
+
+
 class Words(nn.Module):
     """Token numbers to two classes, by the mean of their embeddings."""
 

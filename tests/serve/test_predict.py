@@ -219,6 +219,15 @@ def test_what_is_being_made_ready_takes_its_places_in_the_queue(
     assert predict(app, **long).status_code == 200
 
 
+def test_scores_that_are_no_numbers_are_no_answer(make_app: Make) -> None:
+    app = make_app("text")
+    with torch.no_grad():
+        app.state.pykd.models["text"].model.classifier.bias.fill_(float("nan"))
+    answer = predict(app, text="music")
+    assert answer.status_code == 500 and answer.json()["detail"].startswith("text has no finite scores for input 0:")
+    assert ask(app, "GET", "/monitoring").json()["models"] == {}
+
+
 def test_observers_see_every_answer_and_spoil_none(make_app: Make) -> None:
     app, seen = make_app("text", "tags"), []
 

@@ -17,24 +17,19 @@ PYKD_BENCH=small, or pytest on the smallest shapes: a narrow model for two secon
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
 import os
 import random
 import re
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from open_loop import arrivals, percentile, run_generator
+from running_service import cpu_seconds, scraped, service
 
 SMALL = os.environ.get("PYKD_BENCH") == "small"
 EXTRACT = Path(__file__).parents[1] / "tests" / "data_files" / "debian_sections.csv"
@@ -127,47 +122,6 @@ def of_full_length(texts: Sequence[str]) -> list[str]:
             found.append(" ".join(parts))
             parts = []
     return found
-
-
-@contextlib.contextmanager
-def service(model: Path, options: Sequence[str], environment: dict[str, str]) -> Iterator[tuple[str, int]]:
-    """(URL, process id) of a `pykd serve` of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pykd", "serve", str(model), "--port", str(port), *options]
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the service did not come up; try it: {' '.join(command)}")
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{url}/healthz", timeout=1).close()
-                break
-            time.sleep(0.1)
-        yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait(300)
-
-
-def scraped(url: str) -> dict[str, float]:
-    """Metrics of the service: name without labels -> sum over them."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
-        lines = answer.read().decode().splitlines()
-    found: dict[str, float] = {}
-    for line in lines:
-        if not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            found[name.partition("{")[0]] = found.get(name.partition("{")[0], 0.0) + float(value)
-    return found
-
-
-def cpu_seconds(process: int) -> float:
-    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(form: str, lengths: str, model: Path, texts: Sequence[str], settings: argparse.Namespace) -> Row:

@@ -11,9 +11,10 @@ How it is put together, for whoever adds to it:
   no answer.
 - `state.models[name]` are the models (pykd/serve/served.py), `state.metrics.registry` the registry of Prometheus,
   `state.public` the paths that need no token (add a page there, never an answer that says anything).
-- Before any part, pykd/serve/doors.py has checked host, token, size and arrival time of the body, and counts the
-  request. Every answer that is not the one asked for is `{"detail": sentence}`: raise `fastapi.HTTPException(status,
-  sentence)`, or a PykdError for wrong input (422); describe it by `responses={status: {"model": Problem, ...}}`.
+- Before any part, pykd/serve/protocol.py has limited the head of the request, and pykd/serve/doors.py has checked host,
+  origin, token, size and arrival time of the body; it counts the request. Every answer that is not the one asked for is
+  `{"detail": sentence}`: raise `fastapi.HTTPException(status, sentence)`, or a PykdError for wrong input (422); say
+  so by `responses={status: {"model": Problem, ...}}`.
 - Slow work goes to a thread, and its answer through `await within(seconds, work, what)`, which gives 504. Streams end
   when `state.stopping` (an asyncio.Event) is set: then the service is being stopped and answers 503 to what is new.
 - Paths that a request names go through `below_roots(path, state.settings.roots)` (pykd/serve/roots.py), always.

@@ -179,8 +179,8 @@ def test_a_second_run_uses_the_cached_teacher_and_gives_the_same_numbers(
     assert "cached, not trained again" in (again.directory / "run.log").read_text()
     assert [r.predictions for r in again.reports] == [r.predictions for r in finished.reports]
     assert [entry.sha256 for entry in again.measured] == [entry.sha256 for entry in finished.measured]
-    # The same folder again: a finished run of the same recipe is made again, not refused.
-    thrice = pykd.run(TINY, output_dir=tmp_path / "again", progress=False)
+    # The same folder again: a finished run of the same recipe is made again if that is said.
+    thrice = pykd.run(TINY, output_dir=tmp_path / "again", overwrite=True, progress=False)
     assert [entry.sha256 for entry in thrice.measured] == [entry.sha256 for entry in finished.measured]
 
 

@@ -55,10 +55,9 @@ def finetune(
     """Train ``model`` on labels by cross entropy, in place; returns it with a record in ``model.pykd_report``.
 
     Labels are class numbers 0..classes-1, one a row or one a position; -100 is ignored, and the loss of a batch in
-    which nothing else stands is 0. Causal language models (their
-    logits of position i) are scored against label i + 1. The other options are those of :class:`TrainConfig` and
-    :func:`fit`, among them ``prune``, sparsity that rises meanwhile; a ``guard`` without ``validate`` guards the
-    accuracy on the held-out split.
+    which nothing else stands is 0. Causal language models (their logits of position i) are scored against label i + 1.
+    The other options are those of :class:`TrainConfig` and :func:`fit`, among them ``prune``, sparsity that rises
+    meanwhile; a ``guard`` without ``validate`` guards the accuracy on the held-out split.
 
     Raises DataError for labels out of range, ValueError for NaN or infinite weights and options out of range.
 

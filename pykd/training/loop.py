@@ -66,7 +66,8 @@ def fit(
     minute. Python's, NumPy's and torch's global generators are left as they were.
 
     Raises TrainingError at a loss or gradient that is not finite and that no guard takes back (the weights are those of
-    the last good step), ArtifactError when ``checkpoint_dir`` holds another run or the disk refuses a checkpoint.
+    the last good step; under FSDP2 and DeepSpeed, which train a copy, those of before, and the last good ones are in
+    the checkpoints), ArtifactError when ``checkpoint_dir`` holds another run or the disk refuses a checkpoint.
 
     >>> from torch import nn, randn, randint
     >>> batches = [{"x": randn(8, 4), "labels": randint(3, (8,))} for _ in range(5)]

@@ -6,6 +6,7 @@ probabilities p (student) and q (teacher) and their logarithms. -inf is handled 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,7 +44,7 @@ def _reverse(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) ->
 
 
 def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, beta: float) -> _Pair:
-    log_m = (beta * q + (1 - beta) * p).log()
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))  # where p and q underflow, too
     of_student, of_teacher = log_ratio(log_p, log_m), log_ratio(log_q, log_m)
     loss = beta * expected(q, of_teacher).sum(-1) + (1 - beta) * expected(p, of_student).sum(-1)
     return loss, (1 - beta) * _softmax_slope(p, of_student)

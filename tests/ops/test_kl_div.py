@@ -113,11 +113,11 @@ def test_types_in_any_mixture(isa: str, dtype: torch.dtype, teacher_dtype: torch
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_mean_error_is_not_above_torch(isa: str, direction: str) -> None:
+def test_mean_error_is_below_torch(isa: str, direction: str) -> None:
     inputs = (*case(8, 5000), options(direction, 4.0))
     want = differentiate(*inputs, dtype=torch.float64)[1]
     mine = (run(*inputs)[1].double() - want).abs().mean()
-    assert mine <= 1.2 * (differentiate(*inputs, dtype=torch.float32)[1] - want).abs().mean()
+    assert mine < (differentiate(*inputs, dtype=torch.float32)[1] - want).abs().mean()
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
@@ -132,14 +132,16 @@ def test_jsd_of_almost_equal_distributions(isa: str, temperature: float, beta: f
     assert (mine - want).abs().mean() <= min(0.01 * float(want.mean()), float((peer - want).abs().mean()))
 
 
+@pytest.mark.parametrize("implementation", ["op", "reference"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 4.0])
-def test_large_logits(isa: str, direction: str, temperature: float) -> None:
+def test_large_logits(isa: str, implementation: str, direction: str, temperature: float) -> None:
+    call = run if implementation == "op" else (lambda *inputs: kl_div_reference(*inputs[:4], *inputs[4]))
     student, teacher, labels, scale = case(4, 333)
     inputs = (student * 10 + 1e4, teacher * 10 - 1e4, labels, scale, options(direction, temperature))
-    check(run(*inputs), *inputs)
+    check(call(*inputs), *inputs)
     wide = (student * 3e3, teacher * 3e3, labels, scale, options(direction, temperature))
-    losses, gradient = run(*wide)
+    losses, gradient = call(*wide)
     assert bool(losses.isfinite().all() and gradient.isfinite().all())
     check((losses, gradient), *wide)
 
@@ -171,8 +173,6 @@ def test_reference_is_the_truth(direction: str, temperature: float) -> None:
     chosen = options(direction, temperature)
     want = differentiate(student, teacher, labels, scale, chosen, dtype=torch.float64)
     got = kl_div_reference(student, teacher, labels, scale, *chosen)
-    if direction == "jsd" and temperature == 0.05:  # the mixture's logarithm underflows in probabilities
-        assert bool(got[0].isfinite().all())
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 

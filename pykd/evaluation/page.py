@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 #: Parts of a stage's record that have a place of their own on the page.
-SHOWN_APART = {"curve", "stage", "method", "validations", "outcome", "candidates"}
+SHOWN_APART = {"curve", "stage", "method", "validations", "outcome", "candidates", "units"}
 #: From here on the per-class table is longer than the confusion matrix is high.
 MANY_CLASSES = 15
 

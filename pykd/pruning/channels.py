@@ -27,7 +27,7 @@ def prune_channels(model: nn.Module, request: Request) -> Outcome:
     example = default_example(model) if request.example is None else request.example
     keep = [convs[name] for name in skipped]
     changed = remove_channels(model, example, request.sparsity, keep_layers=keep, values=_values(model, request))
-    return Outcome(changed=dict(changed), skipped=skipped)
+    return Outcome(changed=dict(changed), skipped=skipped, units=[name.split(", ") for name in changed])
 
 
 def _values(model: nn.Module, request: Request) -> Values:

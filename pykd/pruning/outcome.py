@@ -46,10 +46,15 @@ class Request:
 
 @dataclass
 class Outcome:
-    """changed: layer or block -> what became of it; skipped: layer or block -> why it was left alone."""
+    """changed: layer or block -> what became of it; skipped: layer or block -> why it was left alone.
+
+    units: names that lose their channels or heads together, so that whoever excludes one excludes all of them; empty
+    where each name of ``changed`` stands by itself.
+    """
 
     changed: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    units: list[list[str]] = field(default_factory=list)
 
 
 Method = Callable[[nn.Module, Request], Outcome]

@@ -110,4 +110,6 @@ def prune(
     with recorded_change(model, stage="prune", method=name, parameters=parameters) as facts:
         outcome = apply(model, request)
         facts.update(changed=outcome.changed, skipped=outcome.skipped)
+        if any(len(unit) > 1 for unit in outcome.units):
+            facts["units"] = outcome.units
     return model

@@ -66,6 +66,7 @@ def _prune(
         for block in group:
             keep(block, kept)
             outcome.changed[block.name] = [before, block.units]
+    outcome.units = [[block.name for block in group] for group in chosen]
     update_config(model)
     return outcome
 

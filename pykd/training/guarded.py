@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 #: change(model, exclude) changes a model in place, but for the layers of these names, and records it in pykd_report.
 Change = Callable[[nn.Module, Sequence[str]], nn.Module]
+#: Names of layers that change together or not at all.
+Unit = tuple[str, ...]
 
 
 def guarded_change(
@@ -27,9 +29,9 @@ def guarded_change(
 
     The change is accepted when the guard's metric loses at most ``guard.drop`` against the model before, and keeps
     ``guard.retention`` of ``guard.teacher`` if the model before did. Else, with ``bisect``, the layers that did it are
-    looked for: halves of the changed layers are tried on top of those found harmless, down to single layers, and the
-    others are left as they are. What was decided, with its numbers, is the entry ``guard`` of the last record in
-    ``pykd_report``. Raises ValueError for a metric that ``validate`` does not return.
+    looked for: halves of the changed layers are tried on top of those found harmless, down to single layers, or those
+    that can only change together, and the others are left as they are. What was decided, with its numbers, is the entry
+    ``guard`` of the last record in ``pykd_report``. Raises ValueError for a metric that ``validate`` does not return.
 
     >>> from pykd.pruning import prune  # doctest: +SKIP
     >>> cut = lambda model, exclude: prune(model, sparsity=0.9, exclude=list(exclude) or None)
@@ -72,21 +74,33 @@ def _search(
 ) -> tuple[nn.Module | None, list[str]]:
     """The model with as many layers changed as are harmless together, and the layers that were left out."""
     tried = change(copy.deepcopy(model), ())
-    names = list(tried.__dict__["pykd_report"][-1]["changed"])
+    units = _units(tried.__dict__["pykd_report"][-1])
     del tried
-    best, harmless, left = None, set[str](), []
-    open_ = [names[: len(names) // 2], names[len(names) // 2 :]] if len(names) > 1 else []
+    best, harmless, left = None, set[Unit](), list[str]()
+    open_ = [units[: len(units) // 2], units[len(units) // 2 :]] if len(units) > 1 else []
     while open_:
         group = open_.pop(0)
         chosen = harmless | set(group)
-        found = attempt([name for name in names if name not in chosen], ", ".join(group))
+        others = [name for unit in units if unit not in chosen for name in unit]
+        found = attempt(others, ", ".join(name for unit in group for name in unit))
         if found is not None:
             best, harmless = found, chosen
         elif len(group) == 1:
-            left += group
+            left += group[0]
         else:
             open_ = [group[: len(group) // 2], group[len(group) // 2 :], *open_]
     return best, left
+
+
+def _units(record: Mapping[str, Any]) -> list[Unit]:
+    """The changed layers, those together that one exclusion leaves alone: what shares channels, heads or a weight."""
+    if "units" in record:
+        return [tuple(unit) for unit in record["units"]]
+    units: dict[str, list[str]] = {}
+    for name, facts in record["changed"].items():
+        owner = facts.get("tied_to", name) if isinstance(facts, Mapping) else name
+        units.setdefault(owner, []).append(name)
+    return [tuple(unit) for unit in units.values()]
 
 
 def _decision(verdict: Verdict, what: str, value: float, before: float, accepted: bool) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from pykd.models.torchvision import load_torchvision
 from pykd.nn import slicing
 from pykd.nn.bound_heads import bound_blocks
 from pykd.pruning.measured import activations, taylor
+from pykd.training import Guard
 from pykd.training.finetune import label_loss
+from pykd.training.guarded import guarded_change
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT: dict[str, Any] = {**SHAPE, "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -309,6 +312,32 @@ def test_blocks_that_share_a_bias_lose_the_same_heads() -> None:
         f"decoder.block.{i}.layer.0.SelfAttention": "excluded by 'decoder.block.1.layer.0'" for i in (0, 1)
     }
     assert len(model.pykd_report[0]["changed"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "harmed"),
+    [
+        ("t5", "heads", "decoder.block.1.layer.0.SelfAttention.q"),
+        ("resnet18", "channels", "layer2.1.conv2"),
+    ],
+)
+def test_a_guard_leaves_alone_what_loses_its_units_together(name: str, method: str, harmed: str) -> None:
+    model = build(name)
+    whole = len(model.get_submodule(harmed).weight)
+    few = {"include": ["layer1.*.conv1", "layer2"]} if method == "channels" else {}
+
+    def validate(changed: nn.Module) -> dict[str, float]:
+        return {"accuracy": len(changed.get_submodule(harmed).weight) / whole}
+
+    def change(model: nn.Module, exclude: Sequence[str]) -> nn.Module:
+        return prune(model, method, 0.5, exclude=list(exclude) or None, **few)
+
+    found = guarded_change(model, change, validate, Guard())
+    entry = found.pykd_report[-1]
+    (left,) = [unit for unit in prune(copy.deepcopy(model), method, 0.5, **few).pykd_report[0]["units"]
+               if any(harmed.startswith(each) for each in unit)]  # fmt: skip
+    assert len(left) > 1 and entry["guard"]["outcome"] == f"kept, but for {', '.join(left)}"
+    assert validate(found) == {"accuracy": 1.0} and entry["changed"]
 
 
 def test_labels_are_asked_for_by_taylor_alone() -> None:

@@ -93,3 +93,24 @@ def test_the_teachers_share_counts_too() -> None:
     found = guarded_change(Stack(0.1, *[0.001] * 6), spoil, validate, guard)
     assert changed(found) == LAYERS[1:]
     assert "of the teacher's: refused" in found.pykd_report[-1]["guard"]["decisions"][0]["sentence"]
+
+
+@pytest.mark.parametrize("said", ["units", "tied_to"])
+def test_what_changes_together_is_left_together(said: str) -> None:
+    """An exclusion of one of a unit leaves the others alone too, so one of them alone proves nothing."""
+    tied = {"1": "1", "4": "1", "5": "1"}
+
+    def together(model: nn.Module, exclude: Sequence[str]) -> nn.Module:
+        spoil(model, [*exclude, *(tied if set(exclude) & set(tied) else ())])
+        entry = model.__dict__["pykd_report"][-1]
+        if said == "units":
+            entry["units"] = [[name] for name in LAYERS if name not in tied] + [list(tied)]
+        else:
+            entry["changed"] = {name: {"tied_to": tied[name]} if name in tied else {} for name in LAYERS}
+        return model
+
+    found = guarded_change(Stack(0.001, 0.001, 0.001, 0.001, 0.3, 0.001, 0.3), together, validate, Guard())
+    assert changed(found) == ["0", "2", "3"]
+    entry = found.pykd_report[-1]
+    assert sorted(entry["guard"]["outcome"].removeprefix("kept, but for ").split(", ")) == ["1", "4", "5", "6"]
+    assert not any(each["layers"] in tied for each in entry["guard"]["decisions"])

@@ -3,7 +3,8 @@
 The limit reads both logits and writes one tensor of their size, which is what the loss must move. Every variant's loss
 and gradient are checked against float64 first. `extra_info` holds the bytes moved, the bandwidth they imply and the
 share of the limit measured in the same test. A second test prints ratios of interleaved rounds, which load on the
-machine moves far less than times. PYKD_BENCH=small runs the smallest shape once.
+machine moves far less than times, and the memory of a call beside its gradient. PYKD_BENCH=small runs the smallest
+shape once.
 
 On a GPU (marker gpu), kl_div alone in bf16: calls of kd_loss, each kernel by itself, eager, torch.compile and
 Liger's kl_div after two log_softmax, as shares of the copy bandwidth measured beside them.
@@ -26,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pykd
-from pykd.ops import kl_div_gpu
+from pykd.evaluation.footprint import _watched
+from pykd.ops import kl_div_gpu, memory
 from pykd.ops.kl_div import Options
 
 SMALL = os.environ.get("PYKD_BENCH") == "small"
@@ -34,8 +36,15 @@ SHAPES = [(64, 1000)] if SMALL else [(4096, 1000), (1024, 32_000), (256, 151_936
 ROUNDS = 1 if SMALL else 7
 TEMPERATURE, ALPHA = 4.0, 0.5
 
+#: A leaf and its copy, the student's logits: they are no leaf, as a model returns them, and the gradients are the same.
+Logits = tuple[Tensor, Tensor]
 #: One call from logits to (loss, gradient).
-Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+Step = Callable[[Logits], tuple[Tensor, Tensor]]
+
+
+def under_autograd(logits: Tensor) -> Logits:
+    leaf = logits.detach().requires_grad_()
+    return leaf, leaf.clone()
 
 
 def torch_kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -56,31 +65,44 @@ class Case:
         self.out = torch.zeros_like(self.student)
         self.compiled: Any = torch.compile(torch_kd_loss, fullgraph=True, dynamic=False)
 
-    def logits(self, dtype: torch.dtype) -> Tensor:
-        """Fresh student logits under autograd that are no leaf, as a model returns them. Not timed."""
-        return self.student.detach().to(dtype).requires_grad_().clone()
-
-    def variant(self, name: str) -> tuple[Callable[[], Tensor], Step]:
+    def variant(self, name: str) -> tuple[Callable[[], Logits], Step]:
         """(preparation, step) of one variant; "bf16" in the name chooses the element type."""
         dtype = torch.bfloat16 if "bf16" in name else torch.float32
         teacher, labels = self.teacher.to(dtype), self.labels
+        more = self.options(name.split()[-1])
 
-        def step(student: Tensor) -> tuple[Tensor, Tensor]:
+        def prepare() -> Logits:
+            if "new pages" in name:
+                memory._POOL.free.clear()
+            return under_autograd(self.student.to(dtype))
+
+        def step(logits: Logits) -> tuple[Tensor, Tensor]:
+            leaf, student = logits
             if name.startswith("pykd"):
-                direction = name.split()[-1] if name.split()[-1] in ("reverse", "jsd", "tv") else "forward"
                 loss = pykd.kd_loss(student, teacher, labels, temperature=TEMPERATURE, alpha=ALPHA,
-                                    inplace="in place" in name, direction=direction)  # fmt: skip
+                                    inplace="in place" in name, **more)  # fmt: skip
             else:
                 loss = (self.compiled if "compile" in name else torch_kd_loss)(student, teacher, labels)
-            return loss, torch.autograd.grad(loss, student)[0]
+            return loss, torch.autograd.grad(loss, leaf)[0]
 
-        return lambda: self.logits(dtype), step
+        return prepare, step
+
+    def options(self, word: str) -> dict[str, Any]:
+        """What the last word of a variant's name asks for besides the plain loss."""
+        if word in ("reverse", "jsd", "tv"):
+            return {"direction": word}
+        if word != "options":
+            return {}
+        rows = len(self.labels)
+        return {"label_smoothing": 0.1, "weights": torch.linspace(0.5, 1.5, rows), "mask": torch.arange(rows) >= 0}
 
     def limit(self) -> None:
         torch.add(self.student, self.teacher, out=self.out)
 
 
-VARIANTS = ["pykd in place", "pykd fresh", "pykd bf16 in place", "torch eager", "torch compile"]
+#: "fresh" gradients come from memory that the step before has freed, "new pages" from huge pages never touched before.
+VARIANTS = ["pykd in place", "pykd fresh", "pykd new pages", "pykd bf16 in place", "torch eager", "torch compile"]
+OTHERS = ["pykd in place reverse", "pykd in place tv", "pykd in place jsd", "pykd in place options"]
 
 
 def check(case: Case, name: str) -> None:
@@ -122,6 +144,16 @@ def bench_kl_div(benchmark: Any, shape: tuple[int, int], name: str) -> None:
     )
 
 
+def extra_bytes(prepare: Callable[[], Logits], step: Step) -> int:
+    """Most memory of the process above what was there before the step, less the gradient that the step returns."""
+    logits = prepare()
+    memory._POOL.free.clear()  # the gradient's memory shall count
+    with _watched(torch.device("cpu")) as rise:
+        gradient = step(logits)[1]
+    returned = 0 if gradient.data_ptr() == logits[1].data_ptr() else gradient.nbytes
+    return max(0, rise[0] - returned)
+
+
 def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
@@ -133,25 +165,28 @@ def seconds(call: Callable[[], Any]) -> float:
 def test_ratios(shape: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:
     """Interleaved rounds: each variant's time over the limit's, and eager and compile over pykd (median of rounds)."""
     case = Case(*shape)
-    names = [*VARIANTS, "pykd in place reverse", "pykd in place tv", "pykd in place jsd"]
+    for name in VARIANTS:
+        check(case, name)
+    names = [*VARIANTS, *OTHERS]
     variants = [case.variant(name) for name in names]
     rounds = []
     for _ in range(ROUNDS + 1):
         times = [seconds(case.limit)]
         for prepare, step in variants:
-            student = prepare()
-            times.append(seconds(lambda step=step, student=student: step(student)))  # type: ignore[misc]
+            logits = prepare()
+            times.append(seconds(lambda step=step, logits=logits: step(logits)))  # type: ignore[misc]
         rounds.append(times)
     rounds = rounds[1:] or rounds
+    extra = [extra_bytes(*variant) / 1e6 for variant in variants]
     eager, compiled = names.index("torch eager") + 1, names.index("torch compile") + 1
     limit_ms = statistics.median(r[0] for r in rounds) * 1e3
     where = f"{torch.get_num_threads()} threads, {pykd.build_info()['isa']}"
     lines = ["", f"kd_loss {shape[0]} x {shape[1]}, T={TEMPERATURE:g}, {where}, torch.add {limit_ms:.1f} ms"]
-    lines.append(f"{'':24}{'ms':>9}{'x torch.add':>13}{'eager /':>10}{'compile /':>11}")
+    lines.append(f"{'':24}{'ms':>9}{'x torch.add':>13}{'eager /':>10}{'compile /':>11}{'extra MB':>10}")
     for i, name in enumerate(names, 1):
         ratios = [statistics.median(r[a] / r[b] for r in rounds) for a, b in ((i, 0), (eager, i), (compiled, i))]
         best_ms = statistics.median(r[i] for r in rounds) * 1e3
-        lines.append(f"{name:24}{best_ms:9.1f}{ratios[0]:13.2f}{ratios[1]:10.1f}{ratios[2]:11.1f}")
+        lines.append(f"{name:24}{best_ms:9.1f}{ratios[0]:13.2f}{ratios[1]:10.1f}{ratios[2]:11.1f}{extra[i - 1]:10.1f}")
     with capsys.disabled():
         print("\n".join(lines))
 
@@ -182,8 +217,8 @@ def gpu_variant(name: str, teacher: Tensor) -> Step:
         options = Options(TEMPERATURE, "forward", 0.5, TEMPERATURE**2, 0.0, 0.0)
         scale = torch.full((len(teacher),), 1 / len(teacher), device=teacher.device)
 
-        def kernel(student: Tensor) -> tuple[Tensor, Tensor]:
-            logits = student.detach()
+        def kernel(given: Logits) -> tuple[Tensor, Tensor]:
+            logits = given[1].detach()
             return kl_div_gpu.run(LAUNCHERS[name], logits, teacher, None, scale, logits, options).sum(), logits
 
         return kernel
@@ -195,18 +230,18 @@ def gpu_variant(name: str, teacher: Tensor) -> Step:
         "liger kl_div": liger_kl,
     }
 
-    def step(student: Tensor) -> tuple[Tensor, Tensor]:
+    def step(logits: Logits) -> tuple[Tensor, Tensor]:
+        leaf, student = logits
         loss = losses[name](student, teacher)
-        return loss, torch.autograd.grad(loss, student)[0]
+        return loss, torch.autograd.grad(loss, leaf)[0]
 
     return step
 
 
 def check_gpu(step: Step, student: Tensor, teacher: Tensor) -> None:
     """Gradient of a few rows of the real call, and the loss of all, against float64."""
-    logits = student.clone().requires_grad_().clone()
     rows, exact = slice(0, 8), student[:8].double().requires_grad_()
-    loss, gradient = step(logits)
+    loss, gradient = step(under_autograd(student))
     logs = [(x.double() / TEMPERATURE).log_softmax(-1) for x in (exact, teacher[rows])]
     want = F.kl_div(*logs, log_target=True, reduction="sum") * TEMPERATURE**2 / len(student)
     (want_gradient,) = torch.autograd.grad(want, exact)
@@ -242,12 +277,12 @@ def bench_kl_div_gpu(benchmark: Any, shape: tuple[int, int], name: str) -> None:
     check_gpu(step, student, teacher)
     limit = copy_bytes_per_s(student)
 
-    def once(logits: Tensor) -> None:
+    def once(logits: Logits) -> None:
         step(logits)
         torch.cuda.synchronize()
 
-    def prepare() -> tuple[tuple[Tensor], dict[str, Any]]:
-        logits = student.clone().requires_grad_().clone()
+    def prepare() -> tuple[tuple[Logits], dict[str, Any]]:
+        logits = under_autograd(student)
         torch.cuda.synchronize()
         return (logits,), {}
 
@@ -261,7 +296,7 @@ def bench_kl_div_gpu(benchmark: Any, shape: tuple[int, int], name: str) -> None:
     )
 
 
-def peak_extra_bytes(step: Step, logits: Tensor) -> int:
+def peak_extra_bytes(step: Step, logits: Logits) -> int:
     """Most memory that one call holds above what was there before it."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

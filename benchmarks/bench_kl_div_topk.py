@@ -26,8 +26,8 @@ SHAPES = [(64, 1000, 16)] if SMALL else [(4096, 1000, 16), (1024, 32_000, 64), (
 ROUNDS = 1 if SMALL else 7
 ALPHA = 0.5
 
-#: One call from logits to (loss, gradient).
-Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: One call from a leaf and its copy, the student's logits, to (loss, gradient).
+Step = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 
 def torch_kd_loss_topk(student: Tensor, ids: Tensor, log_probs: Tensor, labels: Tensor, tail: bool) -> Tensor:
@@ -54,22 +54,24 @@ class Case:
         self.out = torch.zeros_like(self.student)
         self.compiled: Any = torch.compile(torch_kd_loss_topk, fullgraph=True, dynamic=False)
 
-    def logits(self, dtype: torch.dtype) -> Tensor:
-        """Fresh student logits under autograd that are no leaf, as a model returns them. Not timed."""
-        return self.student.detach().to(dtype).requires_grad_().clone()
+    def logits(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A leaf, and fresh student logits that are none, as a model returns them. Not timed."""
+        leaf = self.student.detach().to(dtype).requires_grad_()
+        return leaf, leaf.clone()
 
-    def variant(self, name: str) -> tuple[Callable[[], Tensor], Step]:
+    def variant(self, name: str) -> tuple[Callable[[], tuple[Tensor, Tensor]], Step]:
         """(preparation, step) of one variant; "bf16" and "tail" in the name choose the element type and the loss."""
         dtype, tail = torch.bfloat16 if "bf16" in name else torch.float32, "tail" in name
 
-        def step(student: Tensor) -> tuple[Tensor, Tensor]:
+        def step(logits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            leaf, student = logits
             if name.startswith("pykd"):
                 loss = pykd.kd_loss_topk(student, self.ids, self.log_probs, self.labels, alpha=ALPHA,
                                          missing="tail" if tail else "zero", inplace="in place" in name)  # fmt: skip
             else:
                 call = self.compiled if "compile" in name else torch_kd_loss_topk
                 loss = call(student, self.ids, self.log_probs, self.labels, tail)
-            return loss, torch.autograd.grad(loss, student)[0]
+            return loss, torch.autograd.grad(loss, leaf)[0]
 
         return lambda: self.logits(dtype), step
 
@@ -131,8 +133,8 @@ def test_ratios(shape: tuple[int, int, int], capsys: pytest.CaptureFixture[str])
     for _ in range(ROUNDS + 1):
         times = [seconds(case.limit)]
         for prepare, step in variants:
-            student = prepare()
-            times.append(seconds(lambda step=step, student=student: step(student)))  # type: ignore[misc]
+            logits = prepare()
+            times.append(seconds(lambda step=step, logits=logits: step(logits)))  # type: ignore[misc]
         rounds.append(times)
     rounds = rounds[1:] or rounds
     limit_ms = statistics.median(r[0] for r in rounds) * 1e3

@@ -83,8 +83,7 @@ def call(
     inputs = (*teacher.values(), labels, scale)
     if inplace and need_grad and not torch.compiler.is_compiling():
         check_inplace(student, teacher)
-        operator = getattr(torch.ops.pykd, f"{op}_")
-        return _InPlace.apply(student, operator, inputs, options)  # type: ignore[no-untyped-call, no-any-return]
+        return _overwrite(student, getattr(torch.ops.pykd, f"{op}_"), inputs, options)
     flat = student.reshape(-1, student.shape[-1])
     return getattr(torch.ops.pykd, op)(flat, *inputs, need_grad, *options)[0]  # type: ignore[no-any-return]
 
@@ -103,6 +102,38 @@ def check_inplace(student: Tensor, teacher: Mapping[str, Tensor]) -> None:
             raise ValueError(f"inplace=True would overwrite {name}, which share memory with student_logits")
 
 
+def _overwrite(student: Tensor, operator: Callable[..., Tensor], inputs: tuple[Any, ...], options: Any) -> Tensor:
+    """Row losses; the student's memory holds their gradient, and using it in another term of a loss is an error."""
+    held = _Held(student.detach().view(-1, student.shape[-1]))
+    losses: Tensor = _InPlace.apply(student, operator, inputs, options, held)  # type: ignore[no-untyped-call]
+    _Overwritten.apply(student)  # type: ignore[no-untyped-call]
+    held.version = held.gradient._version
+    return losses
+
+
+class _Held:
+    """The gradient until backward hands it on, and the version of that memory: whoever changes it is found out."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient, self.version = gradient, -1
+
+
+class _Overwritten(torch.autograd.Function):
+    """Stands between the logits and what is made of them after the loss; to autograd they have changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor) -> Tensor:
+        ctx.mark_dirty(student)  # tensors that earlier operations saved are now invalid
+        return student
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "student_logits were used again after the loss (inplace=True) had written their gradient over them: "
+            "use them before the loss, or inplace=False"
+        )
+
+
 class _InPlace(torch.autograd.Function):
     """An in-place op under autograd: the student's memory holds its gradient until backward hands it on."""
 
@@ -113,24 +144,26 @@ class _InPlace(torch.autograd.Function):
         operator: Callable[..., Tensor],
         inputs: tuple[Tensor | None, ...],
         options: tuple[Any, ...],
+        held: _Held,
     ) -> Tensor:
-        gradient = student.detach().view(-1, student.shape[-1])
-        losses = operator(gradient, *inputs, *options)
-        torch.autograd.graph.increment_version(gradient)  # tensors saved by earlier operations are now invalid
-        ctx.save_for_backward(gradient)
-        ctx.shape, ctx.used = student.shape, False
-        return losses
+        ctx.shape, ctx.held = student.shape, held
+        return operator(held.gradient, *inputs, *options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        if ctx.used or torch.is_grad_enabled():
+        held, ctx.held = ctx.held, None
+        if held is None or torch.is_grad_enabled():
             raise RuntimeError(
                 "the loss (inplace=True) keeps one gradient for one backward: a second backward, or create_graph=True, "
                 "needs inplace=False"
             )
-        ctx.used = True
-        (gradient,) = ctx.saved_tensors
+        gradient = held.gradient
+        if gradient._version != held.version:
+            raise RuntimeError(
+                "student_logits were changed after the loss (inplace=True) had written their gradient over them: "
+                "leave them alone until backward, or inplace=False"
+            )
         (upstream,) = grads
         if upstream.device.type != "cpu" or not bool((upstream == 1).all()):
             gradient.mul_(upstream.unsqueeze(1))
-        return gradient.view(ctx.shape), None, None, None
+        return gradient.view(ctx.shape), None, None, None, None

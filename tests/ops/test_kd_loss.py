@@ -225,6 +225,38 @@ def test_inplace_is_seen_by_earlier_operations() -> None:
         loss.backward()
 
 
+#: How models return their logits: as they are made, or as views of what was made.
+RETURNED: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole": lambda x: x * 2,
+    "view": lambda x: (x * 2).view(1, 5, 7)[0],
+    "linear of three dimensions": lambda x: F.linear(x.view(1, 5, 7), 2 * torch.eye(7), torch.zeros(7)).view(-1, 7),
+}
+
+
+@pytest.mark.parametrize("returned", RETURNED)
+def test_logits_in_another_term_belong_before_the_inplace_loss(returned: str) -> None:
+    leaf, teacher = logits(5, 7)
+    labels, make = torch.arange(5), RETURNED[returned]
+    student = make(leaf)
+    other = 0.3 * student.sum()
+    got = gradient(pykd.kd_loss(student, teacher, labels, inplace=True) + other, leaf)
+    torch.testing.assert_close(got, gradient(pykd.kd_loss(leaf * 2, teacher, labels) + 0.3 * (leaf * 2).sum(), leaf))
+    student = make(leaf)
+    loss = pykd.kd_loss(student, teacher, labels, inplace=True) + student.square().mean()
+    with pytest.raises(RuntimeError, match=r"student_logits were used again after the loss \(inplace=True\) had"):
+        loss.backward()
+
+
+def test_what_the_inplace_loss_wrote_stays_until_backward() -> None:
+    leaf, teacher = logits(5, 7)
+    student = leaf * 2
+    loss = pykd.kd_loss(student, teacher, torch.arange(5), inplace=True)
+    with torch.no_grad():
+        student.clamp_(min=0)
+    with pytest.raises(RuntimeError, match=r"student_logits were changed after the loss \(inplace=True\) had written"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_inplace_has_one_backward(create_graph: bool) -> None:
     leaf, teacher = logits(5, 7)

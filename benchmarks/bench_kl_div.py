@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_timing import copy_bytes_per_s, peak_extra_bytes
 from torch import Tensor
 
 import pykd
@@ -250,22 +251,6 @@ def check_gpu(step: Step, student: Tensor, teacher: Tensor) -> None:
     assert bool(loss.isfinite())
 
 
-def copy_bytes_per_s(tensor: Tensor) -> float:
-    """Read plus written bytes a second of a device-to-device copy of this tensor: the limit."""
-    target = torch.empty_like(tensor)
-    times = [gpu_seconds(lambda: target.copy_(tensor)) for _ in range(ROUNDS + 2)]
-    return 2 * tensor.nbytes / statistics.median(times)
-
-
-def gpu_seconds(call: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -275,7 +260,7 @@ def bench_kl_div_gpu(benchmark: Any, shape: tuple[int, int], name: str) -> None:
     student, teacher = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 3) for _ in range(2))
     step = gpu_variant(name, teacher)
     check_gpu(step, student, teacher)
-    limit = copy_bytes_per_s(student)
+    limit = copy_bytes_per_s(student, ROUNDS)
 
     def once(logits: Logits) -> None:
         step(logits)
@@ -292,13 +277,5 @@ def bench_kl_div_gpu(benchmark: Any, shape: tuple[int, int], name: str) -> None:
         bandwidth_gb_s=bytes_per_s / 1e9,
         copy_gb_s=limit / 1e9,
         share_of_copy=bytes_per_s / limit,
-        peak_extra_bytes=peak_extra_bytes(step, prepare()[0][0]),
+        peak_extra_bytes=peak_extra_bytes(functools.partial(step, prepare()[0][0])),
     )
-
-
-def peak_extra_bytes(step: Step, logits: Logits) -> int:
-    """Most memory that one call holds above what was there before it."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(logits)
-    return int(torch.cuda.max_memory_allocated() - before)

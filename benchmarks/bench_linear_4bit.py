@@ -2,13 +2,16 @@
 
 Each case is checked first against float64 with the dequantized weights. `extra_info` of every result holds the largest
 error over the sum of magnitudes, the bytes of one weight, the bandwidth they imply and that of a read probe run in the
-same minute. A second test prints ratios of interleaved rounds, which load on the machine moves far less than times, and
-the errors beside them.
-PYKD_BENCH=small runs the smallest shape once.
+same minute. A second test prints ratios of interleaved rounds, which load on the machine moves far less than times,
+with the share of the probe's bandwidth and the errors beside them. Groups have 32 weights where a name says nothing
+else. bitsandbytes is measured where it is installed. PYKD_BENCH=small runs the smallest shape once.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib
+import importlib.util
 import os
 import statistics
 import time
@@ -42,6 +45,7 @@ PEERS = [
     "pykd w4a8",
     "pykd w4a8, uint4",
     "pykd w4a8, bf16 x",
+    "pykd w4a8, g=128",
     "torch dense fp32",
     "torch dense bf16",
     "torch dynamic int8",
@@ -49,7 +53,10 @@ PEERS = [
     "torch int4, bf16 x",
     "ONNX Runtime int4",
 ]
-OURS = ["pykd int4", "pykd w4a8"]  # whose times are divided by those of all others
+if importlib.util.find_spec("bitsandbytes") is not None:  # a peer that pykd does not install: pip install bitsandbytes
+    PEERS += ["bitsandbytes nf4", "bitsandbytes nf4, bf16 x"]
+#: Those whose times are divided by those of all others.
+OURS = ["pykd int4", "pykd int4, bf16 x", "pykd w4a8", "pykd w4a8, g=128"]
 
 
 class Case:
@@ -71,17 +78,20 @@ class Case:
         x, (out, columns) = self.x.bfloat16() if "bf16" in peer else self.x, self.weight.shape
         if peer.startswith("pykd"):
             code = "uint4" if "uint4" in peer else "nf4" if "nf4" in peer else "int4"
-            tensors = quantize_4bit(self.weight, code=code, group_size=GROUP)
-            packed = pack_r16(*tensors, in_features=columns, group_size=GROUP)
-            options: dict[str, Any] = {"code": code, "out_features": out, "group_size": GROUP}
+            group = 128 if "g=128" in peer else GROUP
+            tensors = quantize_4bit(self.weight, code=code, group_size=group)
+            packed = pack_r16(*tensors, in_features=columns, group_size=group)
+            options: dict[str, Any] = {"code": code, "out_features": out, "group_size": group}
             options["inputs"] = "int8" if "w4a8" in peer else "keep"
             call = lambda layer: linear_4bit(x, layer, **options)  # noqa: E731
-            return *self.rotate(call, packed.clone, packed.nbytes), _dense(tensors, code, columns)
+            return *self.rotate(call, packed.clone, packed.nbytes), _dense(tensors, code, columns, group)
         if peer.startswith("torch dense"):
             dense = self.weight.to(x.dtype)
             return *self.rotate(lambda layer: F.linear(x, layer), dense.clone, dense.nbytes), dense
         if peer == "torch dynamic int8":
             return self._dynamic_int8(x)
+        if peer.startswith("bitsandbytes"):
+            return self._bitsandbytes(x)
         tensors = quantize_4bit(self.weight, code="int4", group_size=GROUP)
         dense, size = _dense(tensors, "int4", columns), tensors.qweight.nbytes + tensors.scales.nbytes
         if peer.startswith("torch int4"):
@@ -100,9 +110,21 @@ class Case:
         call = lambda layer: torch.ops.quantized.linear_dynamic(x, layer, reduce_range=True)  # noqa: E731
         return *self.rotate(call, make, codes.nbytes), codes.double() * scales.double().unsqueeze(1)
 
+    def _bitsandbytes(self, x: Tensor) -> tuple[Callable[[int], Any], int, Tensor]:
+        """Its layer, as it prepares itself for the CPU at the first call."""
+        package = importlib.import_module("bitsandbytes")
+        layer = package.nn.Linear4bit(x.shape[1], len(self.weight), bias=False, compute_dtype=x.dtype)
+        options = {"requires_grad": False, "blocksize": GROUP, "quant_type": "nf4"}
+        layer.weight = package.nn.Params4bit(self.weight.to(x.dtype), **options)
+        layer = layer.to("cpu").eval()  # quantizes
+        state = layer.weight.quant_state
+        dense = package.functional.dequantize_4bit(layer.weight.data, state)
+        size = layer.weight.nbytes + state.absmax.nbytes
+        return *self.rotate(lambda layer: layer(x), lambda: copy.deepcopy(layer), size), dense
 
-def _dense(tensors: FourBit, code: str, columns: int) -> Tensor:
-    return dequantize(*tensors, code=code, in_features=columns, group_size=GROUP)
+
+def _dense(tensors: FourBit, code: str, columns: int, group: int = GROUP) -> Tensor:
+    return dequantize(*tensors, code=code, in_features=columns, group_size=group)
 
 
 def _torch_int4(tensors: FourBit, x: Tensor) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
@@ -150,7 +172,8 @@ def _onnx_int4(tensors: FourBit, x: Tensor) -> tuple[Callable[[], Any], Callable
 
 def unfit(peer: str, rows: int) -> str:
     """Why a peer is not worth waiting for on this CPU, or nothing."""
-    if peer == "torch dense bf16" and rows > 8 and not torch.cpu._is_avx512_bf16_supported():
+    emulated = not torch.cpu._is_avx512_bf16_supported()
+    if peer in ("torch dense bf16", "bitsandbytes nf4, bf16 x") and rows > 8 and emulated:
         return "torch emulates bf16 on this CPU: seconds a call at many rows"
     if peer == "torch int4, fp32 x" and rows > 8:
         return "torch runs a scalar loop for float32 activations: seconds a call at many rows"
@@ -199,13 +222,13 @@ def bench_linear_4bit(benchmark: Any, shape: tuple[int, int], rows: int, peer: s
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ratios(shape: tuple[int, int], rows: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Interleaved rounds: the times of OURS over those of each peer (medians of the rounds' ratios), and all errors."""
+    """Interleaved rounds: OURS over each peer (medians of the rounds' ratios), shares of the bandwidth, all errors."""
     case = Case(*shape, rows)
-    calls, errors = {}, {}
+    calls, errors, sizes = {}, {}, {}
     times: dict[str, list[float]] = {peer: [] for peer in PEERS if not unfit(peer, rows)}
     with torch.inference_mode():
         for peer in times:
-            calls[peer], _, weight = case.call(peer)
+            calls[peer], sizes[peer], weight = case.call(peer)
             errors[peer] = check(case, calls[peer], peer, weight)
         for turn in range(ROUNDS + 1):
             for peer, call in calls.items():
@@ -213,6 +236,7 @@ def test_ratios(shape: tuple[int, int], rows: int, capsys: pytest.CaptureFixture
                 start = time.perf_counter()
                 call(turn)
                 times[peer].append(time.perf_counter() - start)
+    probe_gb_s = read_bandwidth_gb_s()
     lines = [", ".join(f"{error:.0e} {peer}" for peer, error in errors.items())]
     for ours in OURS:
         ratios = {
@@ -222,8 +246,9 @@ def test_ratios(shape: tuple[int, int], rows: int, capsys: pytest.CaptureFixture
         }
         assert all(ratio > 0 for ratio in ratios.values())
         median_us = statistics.median(times[ours][1:]) * 1e6
+        share = sizes[ours] / median_us / 1e3 / probe_gb_s
         text = ", ".join(f"{ratio:.2f} of {peer}" for peer, ratio in ratios.items())
-        lines.insert(-1, f"{ours} {median_us:.0f} us = {text}")
+        lines.insert(-1, f"{ours} {median_us:.0f} us, {share:.2f} of the read bandwidth = {text}")
     with capsys.disabled():
         print(f"\n{shape[0]} x {shape[1]}, rows {rows}: " + "\n  ".join([*lines[:-1], f"errors: {lines[-1]}"]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def _load_torchvision(folder: Path, config: dict[str, Any]) -> nn.Module:
         raise ArtifactError(f"{where} does not say which torchvision model it is; found the origin {origin!r}.")
     model = without_values(lambda: torchvision.build(origin))
     structure.apply(model, described)
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors = OrderedDict(read_tensors(folder / WEIGHTS))
+    tensors._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions that some layers ask for
     try:
         missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:

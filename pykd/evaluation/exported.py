@@ -87,9 +87,10 @@ def export(
         model: dense or compressed, of transformers or torchvision; it is not changed.
         path: a new folder (`overwrite` as in `pykd.save_pretrained`), written whole or not at all.
         format: "dense" (what `pykd.save_pretrained(format="dense")` writes) or a key of `FORMATS`. "onnx": one file
-            `model.onnx` for ONNX Runtime, int4 as MatMulNBits, w8a8 as MatMulInteger, everything else dequantized by
-            nodes of the graph when it is loaded; batch and sequence of any size, encoder-decoders and language models
-            without cache. "compressed-tensors": a folder for vLLM and transformers, of linear layers in w4a16, w8a16
+            `model.onnx` for ONNX Runtime, int4 as MatMulNBits, w8a8_static between QuantizeLinear and DequantizeLinear,
+            w8a8 (a scale per row, which those do not have) as MatMulInteger, everything else dequantized by nodes of
+            the graph when it is loaded; batch and sequence of any size, encoder-decoders and language models without
+            cache. "compressed-tensors": a folder for vLLM and transformers, of linear layers in w4a16, w8a16
             or w8a8. "gguf": a file of a Llama for llama.cpp, int4 as Q4_0, uint4 as Q4_1, int8 as Q8_0; no vocabulary.
         data: what "onnx" is checked on, a DataBundle (64 examples of its test split) or batches; None draws inputs.
         tokenizer, processor, provenance: written beside, as by `pykd.save_pretrained`.

@@ -142,12 +142,22 @@ def _trace(model: Logits, names: list[str], example: Batch, path: Path) -> None:
                 verbose=False,
             )
             assert program is not None
+            _forget_the_machine(program.model)
             program.save(str(path))
         except Exception as error:  # of tracing, of decomposition, of translation: no common base
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             raise ArtifactError(
                 f"{type(model.model).__name__} could not be traced by torch.onnx ({type(error).__name__}: {reason})"
             ) from error
+
+
+def _forget_the_machine(traced: Any) -> None:
+    """Drop what the exporter notes of every node: the files and lines it was traced from, as long as a small model."""
+    for node in traced.graph.all_nodes():
+        for noted in (node, *node.outputs):
+            noted.metadata_props.clear()
+    for value in (*traced.graph.inputs, *traced.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _two_rows(value: Tensor) -> Tensor:

@@ -4,7 +4,10 @@
   them to int8 under a scale per row and block, which is what w4a8 does.
 - w8a8 becomes MatMulInteger between codes shifted to uint8, with row scales and output scales multiplied one after the
   other: ONNX Runtime's CPU kernels for int8 times int8 saturate or are slow on machines without VNNI, and it fuses the
-  product of the two scales into an operator that has one scale for all rows.
+  product of the two scales into an operator that has one scale for all rows. Quantized tensors of ONNX have no scale
+  per row that a call finds, so this scheme cannot be written as QuantizeLinear and DequantizeLinear.
+- w8a8_static is: QuantizeLinear and DequantizeLinear around the activations (QDQ), DequantizeLinear behind the codes,
+  and a MatMul, which runtimes fuse into a product of codes.
 - Every other weight is dequantized by nodes of the graph, which ONNX Runtime computes once, when it loads the file.
   For w8a16 these are Cast and Mul: DequantizeLinear before a MatMul is fused into a kernel that rounds activations.
 """
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from pykd.nn.compressed import CompressedModule
 from pykd.nn.linear_4bit import Weight4bit
-from pykd.nn.linear_8bit import LAYER_SCHEMES, Weight8bit
+from pykd.nn.linear_8bit import LAYER_SCHEMES, StaticInput, Weight8bit
 from pykd.nn.linear_16bit import Weight16bit
 from pykd.ops.int4_r16 import groups_of, pack_nibbles, table_of, unpack_nibbles
 
@@ -127,16 +130,26 @@ class Bytes(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         if not self.rounds:
             return F.linear(x, self.matrix())
-        if self.static is None:
-            scale = (_greatest(x) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-            levels, point = (x / scale).round(), 0
-        else:
-            scale, point = torch.tensor(self.static.scale), self.static.zero
-            levels = ((x / scale).round() + point).clamp(-127, 127)
-        zeros = [torch.tensor(zero + ZERO_POINT, dtype=torch.uint8) for zero in (point, 0)]
-        inputs = [(levels + ZERO_POINT).to(torch.uint8), self.codes.t(), *zeros]
+        if self.static is not None:
+            return self._between_quantized(x, self.static)
+        scale = (_greatest(x) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        zeros = [torch.tensor(ZERO_POINT, dtype=torch.uint8)] * 2
+        inputs = [((x / scale).round() + ZERO_POINT).to(torch.uint8), self.codes.t(), *zeros]
         sums = _node("MatMulInteger", inputs, {}, torch.int32, [*x.shape[:-1], self.rows])
         return sums.float() * scale * self.scales  # in this order: see the head of the file
+
+    def _between_quantized(self, x: Tensor, static: StaticInput) -> Tensor:
+        """The product by QuantizeLinear and DequantizeLinear. Code -128, which our kernels leave out, is cut off."""
+        grid = [torch.tensor(static.scale), torch.tensor(static.zero + ZERO_POINT, dtype=torch.uint8)]
+        x = x.clamp_min((-127 - static.zero) * static.scale)
+        codes = _node("QuantizeLinear", [x, *grid], {}, torch.uint8, [*x.shape])
+        rounded = _node("DequantizeLinear", [codes, *grid], {}, x.dtype, [*x.shape])
+        zeros = torch.full((self.rows,), ZERO_POINT, dtype=torch.uint8)
+        weight = _node(
+            "DequantizeLinear", [self.codes.t(), self.scales, zeros], {"axis": 1}, x.dtype, [self.columns, self.rows]
+        )
+        # Of a matrix and a bias ONNX Runtime makes a Gemm, before it looks for codes: hence the third axis.
+        return rounded @ weight if x.dim() > 2 else (rounded[None] @ weight)[0]
 
     def look_up(self, ids: Tensor) -> Tensor:
         return self._expand(self.codes[ids], self.scales[ids])

@@ -106,8 +106,30 @@ def test_every_layer_computes_the_same(tmp_path: Path) -> None:
             assert (want - got).abs().max() <= bound * want.abs().max(), name
     graph = onnx.load(tmp_path / "model.onnx").graph
     kinds = Counter(node.op_type for node in graph.node)
-    assert kinds["MatMulInteger"] == 3  # w8a8, w8a8_static and the 1x1 convolution
+    assert kinds["MatMulInteger"] == 2  # w8a8 and the 1x1 convolution
+    assert kinds["QuantizeLinear"] == 1 and kinds["DequantizeLinear"] == 2  # w8a8_static: activations, and the weight
     assert kinds["MatMulNBits"] == 6  # what MatMulNBits has blocks for, and the projection tied to such an embedding
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_static_codes_are_multiplied_as_codes(axes: int, tmp_path: Path) -> None:
+    """ONNX Runtime fuses what lies between QuantizeLinear and DequantizeLinear, below the rounded range too."""
+    import onnxruntime
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = packed.Linear8bit.from_linear(nn.Linear(48, 7), scheme="w8a8_static", static=STATIC)
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.layer(pixel_values.flatten(axes - 1)).flatten(1)  # type: ignore[no-any-return]
+
+    record = write(Flat().eval(), tmp_path, [{"pixel_values": 5 * torch.randn(4, 1 if axes == 2 else 5, 4, 12)}])
+    assert record["check"]["largest_difference"] < 1e-6
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    assert "MatMulIntegerToFloat" in {node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node}
 
 
 def tiny_bert(**options: Any) -> nn.Module:
@@ -152,6 +174,13 @@ def test_the_weights_are_packed_in_the_file(exported: tuple[nn.Module, Path, dic
     assert largest[99, 64] == onnx.TensorProto.INT8, "the embedding"
     assert largest[128, 2, 16] == onnx.TensorProto.UINT8, "128 x 64 weights in two blocks of 32 nibbles"
     assert not any(kind == onnx.TensorProto.FLOAT for dims, kind in largest.items() if dims == (128, 64))
+
+
+def test_the_file_says_nothing_of_the_machine_it_was_made_on(exported: tuple[nn.Module, Path, dict[str, Any]]) -> None:
+    content = (exported[1] / "model.onnx").read_bytes()
+    assert b".py" not in content and b"stack_trace" not in content
+    weights = sum(len(value.raw_data) for value in onnx.load_from_string(content).graph.initializer)
+    assert len(content) < weights + 40_000
 
 
 def test_inputs_come_from_data_where_there_is_some(models: Callable[[str], nn.Module]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pykd.calibration import Batch, Data, Inputs, calibrate, calibration_batches
 from pykd.evaluation.latency import device_of, evaluating
-from pykd.models.adapter import logits, move
+from pykd.models.adapter import logits, move, unwrap
 from pykd.nn import CompressedModule
 from pykd.nn.linear_8bit import STATIC
 from pykd.nn.selection import CONVOLUTION, LINEAR, replace_layer, select_layers, transposed
@@ -77,14 +77,15 @@ def assign_bits(
     """A scheme for each layer, chosen by measured sensitivity so that all of them fit in a budget of bytes.
 
     For every layer and candidate, the layer alone is quantized (by plain rounding) and the KL divergence of the model's
-    output from the unquantized model's is measured. Every layer starts in its smallest form; then, as long as something
-    fits, the change with the largest fall of that divergence per byte is made, along each layer's convex hull (the
-    greedy solution of the multiple-choice knapsack). That adds up single effects; so the choice, and every candidate
-    used in all layers that fits the budget, are measured whole, and the best of them is returned. The model is left as
-    it was.
+    output from the unquantized model's is measured, over all positions but padding. Every layer starts in its smallest
+    form; then, as long as something fits, the change with the largest fall of that divergence per byte is made, along
+    each layer's convex hull (the greedy solution of the multiple-choice knapsack). That adds up single effects; so the
+    choice, and every candidate used in all layers that fits the budget, are measured whole, and the best of them is
+    returned. The model is left as it was.
 
     Args:
-        data: examples as for `quantize`; samples: how many; batch_size, seed: of a DataBundle. Labels are not used.
+        data: examples as for `quantize`; samples: how many; batch_size, seed: of a DataBundle. Labels only say
+            where an encoder-decoder's positions are padding.
         candidates: names of schemes. "w8a8_static" is measured under ranges that these examples show each layer of the
             unquantized model ("minmax"); layers that they never reach are then left out.
         bits: the budget as bits per weight of the layers, scales and zero points counted; or size_bytes, their bytes.
@@ -205,7 +206,7 @@ class _Probe:
         return {scheme: stored_bytes(self.packed(name, scheme)) for scheme in self.packers}
 
     def divergence(self, schemes: Mapping[str, str]) -> float:
-        """Mean KL(model, model with these layers quantized) over the rows of the output, in nats."""
+        """Mean KL(model, model with these layers quantized) over the rows of the output (`real_rows`), in nats."""
         replaced: list[tuple[nn.Module, nn.Module]] = []
         try:
             for name, scheme in schemes.items():
@@ -220,7 +221,24 @@ class _Probe:
         return max(0.0, total / sum(len(p) for p in self.exact))
 
     def _outputs(self) -> list[Tensor]:
-        return [logits(self.model, dict(b)).flatten(0, -2).double().log_softmax(-1) for b in self.batches]
+        found = (real_rows(self.model, logits(self.model, dict(batch)), batch) for batch in self.batches)
+        return [rows.double().log_softmax(-1) for rows in found]
+
+
+def real_rows(model: nn.Module, output: Tensor, batch: Batch) -> Tensor:
+    """The rows of a model's output [..., classes] without those of padded positions.
+
+    Which these are says the batch's mask of positions; of an encoder-decoder the labels say it, where they are -100.
+
+    >>> real_rows(nn.Identity(), torch.zeros(1, 3, 2), {"attention_mask": torch.tensor([[1, 1, 0]])}).shape
+    torch.Size([2, 2])
+    """
+    mask = batch.get("attention_mask")
+    if hasattr(unwrap(model), "prepare_decoder_input_ids_from_labels"):
+        labels = batch.get("labels")
+        mask = batch.get("decoder_attention_mask", None if labels is None else labels != -100)
+    per_position = output.dim() == 3 and mask is not None and mask.shape == output.shape[:-1]
+    return output[mask.bool()] if per_position and mask is not None else output.flatten(0, -2)
 
 
 def check_candidates(candidates: Sequence[str]) -> None:

@@ -89,6 +89,32 @@ def test_activations_of_one_scale_are_a_candidate() -> None:
     assert divergence(bert(), model) == pytest.approx(found.divergence, rel=0.3)
 
 
+@pytest.mark.parametrize("family", ["causal", "encoder-decoder"])
+def test_padding_does_not_count(family: str) -> None:
+    """Whatever stands at padded positions, and however many there are, the measured costs are those of real ones."""
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    model: nn.Module
+    if family == "causal":
+        shape = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=50, pad_token_id=0, **shape)).eval()
+    else:
+        config = T5Config(vocab_size=50, d_model=48, d_kv=12, d_ff=64, num_layers=1, num_heads=4)
+        config.decoder_start_token_id = 0
+        model = T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 50, (8, 10))
+    ones, found = torch.ones_like(ids), []
+    for padding in (0, 2, 20):
+        rest = torch.zeros(8, padding, dtype=torch.int64)
+        batch = {"input_ids": torch.cat([ids, rest], 1), "attention_mask": torch.cat([ones, rest], 1)}
+        batch["labels"] = torch.cat([ids, rest - 100], 1)
+        found.append(assign_bits(model, [batch], bits=7, group_size=16).sensitivities)
+    for layer, costs in found[0].items():
+        for scheme, cost in costs.items():
+            assert [each[layer][scheme] for each in found[1:]] == [pytest.approx(cost, rel=1e-3, abs=1e-10)] * 2
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_the_greedy_choice_is_near_the_best(data: st.DataObject) -> None:

@@ -1,4 +1,4 @@
-"""Attention heads that are bound to each other: all blocks of a stack share one position bias per head (T5)."""
+"""Attention heads that are bound to each other: all blocks of a stack share one position bias per head (T5, MPNet)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import nn
 
 from pykd.nn.slicing import HEAD_SIZE, AttentionBlock, linears_at
 
-#: Relative names of query, key, value and output projection, and of the bias [buckets, heads] that some blocks hold.
-BOUND: dict[str, tuple[str, str, str, str, str]] = {"t5": ("q", "k", "v", "o", "relative_attention_bias")}
+#: Relative names of query, key, value and output projection, and of the bias [buckets, heads] that some blocks hold, or
+#: that the stack around them holds for all (MPNet).
+BOUND: dict[str, tuple[str, str, str, str, str]] = {"t5, mpnet": ("q", "k", "v", "o", "relative_attention_bias")}
 
 
 def bound_blocks(model: nn.Module) -> list[AttentionBlock]:
@@ -20,6 +21,7 @@ def bound_blocks(model: nn.Module) -> list[AttentionBlock]:
     in all. Blocks that hold anything else are left out.
     """
     found: list[AttentionBlock] = []
+    taken: set[nn.Module] = set()
     for name, module in model.named_modules():
         for *names, bias_name in BOUND.values():
             linears = linears_at(module, names)
@@ -28,7 +30,11 @@ def bound_blocks(model: nn.Module) -> list[AttentionBlock]:
             )
             if linears is None or not isinstance(size, int) or not _nothing_else(module, (*names, bias_name)):
                 continue
-            bias = getattr(module, bias_name, None)
+            bias = getattr(module, bias_name, None) or _around(model, name, bias_name)
+            if bias in taken:  # one block cuts it, for all
+                bias = None
+            elif bias is not None:
+                taken.add(bias)
             tie = re.sub(r"\.\d+(?=\.)", "", name)
             query, key, value, output = linears
             found.append(AttentionBlock(name, query, key, value, output, size, (module,), bias, tie))
@@ -41,6 +47,16 @@ def ties(blocks: Sequence[AttentionBlock]) -> list[list[AttentionBlock]]:
     for block in blocks:
         groups.setdefault(block.tie or block.name, []).append(block)
     return list(groups.values())
+
+
+def _around(model: nn.Module, name: str, bias_name: str) -> nn.Embedding | None:
+    """The bias that a module around the block holds."""
+    while name:
+        name = name.rpartition(".")[0]
+        bias = getattr(model.get_submodule(name), bias_name, None)
+        if isinstance(bias, nn.Embedding):
+            return bias
+    return None
 
 
 def _nothing_else(module: nn.Module, names: Sequence[str]) -> bool:

@@ -6,14 +6,14 @@ what may be touched and the record of what changed are ours.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pykd.nn.restored import restored_on_error
 from pykd.nn.slicing import attention_blocks, kept_count, strongest
 
 Example = Tensor | dict[str, Tensor]
@@ -82,17 +82,17 @@ def remove_channels(
     `group_magnitude`; by default its squared L2 norm. Returns ``{"layer, layer": [channels before, after]}``.
     Raises ValueError for a model whose channels are a transformer's residual stream, or that has no convolution.
     """
-    if attention_blocks(model):
+    if attention_blocks(model) or any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} is a transformer: its channels are one residual stream; "
-            "use method='heads' or method='neurons'"
+            "use method='heads', method='neurons' or method='magnitude'"
         )
     graph = _graph(model, example)
     groups = _groups(graph, model, set(keep_layers) | _outputs(graph, model), values or weight_norms(2))
     if not groups:
         raise ValueError(f"{type(model).__name__} has no group of convolution channels that may be removed")
     changed: dict[str, list[int]] = {}
-    with _restored_on_error(model):
+    with restored_on_error(model):
         for group in groups:
             drop = _weakest(group_magnitude(group.energy), group.blocks, sparsity)
             if drop:
@@ -151,30 +151,18 @@ def _logits(model: nn.Module, example: Example) -> Any:
 
 
 def _run(model: nn.Module, example: Example) -> None:
-    """One forward pass, to prove that what is left fits together."""
+    """One forward pass, to prove that what is left fits together; ValueError where it does not."""
     was_training = model.training
     try:
         with torch.inference_mode():
             _logits(model.eval(), example)
+    except Exception as error:
+        raise ValueError(
+            f"what is left of {type(model).__name__} without these channels does not fit together ({error}): nothing "
+            "was changed; exclude the layers that it names, or use method='magnitude'"
+        ) from error
     finally:
         model.train(was_training)
-
-
-@contextlib.contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put back every parameter and attribute when the block fails, so that no half-pruned model is left behind."""
-    saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, attributes, parameters, buffers in saved:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        raise
 
 
 def _outputs(graph: Any, model: nn.Module) -> set[nn.Module]:

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pykd.nn import slicing
+from pykd.evaluation.latency import device_of, evaluating
+from pykd.models.adapter import call, move
+from pykd.models.example import example_batch
+from pykd.nn import CompressedModule, slicing
 from pykd.nn.bound_heads import bound_blocks, ties
 from pykd.nn.family_config import update_config
+from pykd.nn.restored import restored_on_error
 from pykd.nn.selection import as_linear, matches, replace_layer, transposed
 from pykd.pruning.measured import activations, taylor
 from pykd.pruning.outcome import Outcome, Request
@@ -48,27 +52,59 @@ def _prune(
     keep: Callable[[Any, list[int]], None],
 ) -> Outcome:
     """find: groups of blocks that keep the same units."""
-    for layer in [module for module in model.modules() if isinstance(module, transposed())]:
-        replace_layer(model, layer, as_linear(layer))
-    outcome, groups = Outcome(), find(model)
-    chosen = [group for group in groups if _free(group, request, outcome)]
-    if not chosen:
-        names = ", ".join(group[0].name for group in groups[:3]) or "none found"
-        raise ValueError(
-            f"{type(model).__name__} has no {what} to remove (blocks: {names}): widen include, narrow exclude, or "
-            "prune structure before weights are made sparse or quantized"
-        )
-    scores = _scores(model, request, [block for group in chosen for block in group], norm)
-    for group in chosen:
-        before = group[0].units
-        together = torch.stack([_shares(scores[block.name]) for block in group]).sum(0)
-        kept = slicing.strongest(together, slicing.kept_count(before, request.sparsity))
-        for block in group:
-            keep(block, kept)
-            outcome.changed[block.name] = [before, block.units]
-    outcome.units = [[block.name for block in group] for group in chosen]
-    update_config(model)
+    ran = _runs(model, request)
+    with restored_on_error(model):
+        for layer in [module for module in model.modules() if isinstance(module, transposed())]:
+            replace_layer(model, layer, as_linear(layer))
+        outcome, groups = Outcome(), find(model)
+        chosen = [group for group in groups if _free(group, request, outcome)]
+        if not chosen:
+            raise ValueError(_nothing_to_remove(model, what, groups))
+        scores = _scores(model, request, [block for group in chosen for block in group], norm)
+        for group in chosen:
+            before = group[0].units
+            together = torch.stack([_shares(scores[block.name]) for block in group]).sum(0)
+            kept = slicing.strongest(together, slicing.kept_count(before, request.sparsity))
+            for block in group:
+                keep(block, kept)
+                outcome.changed[block.name] = [before, block.units]
+        outcome.units = [[block.name for block in group] for group in chosen]
+        update_config(model)
+        if ran and not _runs(model, request):
+            raise ValueError(
+                f"{type(model).__name__} does not run without these {what}: something beside its blocks depends on how "
+                "many there are; nothing was changed. Use method='magnitude' or method='layers'"
+            )
     return outcome
+
+
+def _runs(model: nn.Module, request: Request) -> bool:
+    """Whether the model takes a small batch."""
+    try:
+        batch = request.example if isinstance(request.example, dict) else example_batch(model)
+        with evaluating(model):
+            call(model, move(batch, device_of(model)))
+    except Exception:  # of a model's own code, which may want inputs that nobody here knows of
+        return False
+    return True
+
+
+def _nothing_to_remove(model: nn.Module, what: str, groups: Sequence[Sequence[Any]]) -> str:
+    """Why, and what to do instead."""
+    sentence = f"{type(model).__name__} has no {what} to remove"
+    if groups:
+        names = ", ".join(group[0].name for group in groups[:3])
+        return f"{sentence} (blocks: {names}): widen include, or narrow exclude"
+    if any(isinstance(module, CompressedModule) for module in model.modules()):
+        return f"{sentence}: prune structure before weights are made sparse or quantized"
+    kinds = sorted({type(module).__name__ for module in model.modules() if "Attention" in type(module).__name__})
+    if what == "attention heads" and kinds:
+        return (
+            f"{sentence}: {', '.join(kinds)} has other projections than one each, or a fused one, that make query, key "
+            "and value head by head, or something beside them that depends on heads; use method='neurons', 'layers' or "
+            "'magnitude'"
+        )
+    return f"{sentence}: none of its modules has the projections of a family in pykd.nn.slicing; use method='magnitude'"
 
 
 def _free(group: Sequence[Any], request: Request, outcome: Outcome) -> bool:

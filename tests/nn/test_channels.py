@@ -120,7 +120,7 @@ class Fixed(nn.Module):
 def test_a_model_that_no_longer_runs_is_put_back() -> None:
     model = Fixed()
     weight = model.first.weight
-    with pytest.raises(RuntimeError, match="eight channels, please"):
+    with pytest.raises(ValueError, match=r"does not fit together \(eight channels, please\): nothing was changed"):
         channels.remove_channels(model, EXAMPLE, 0.5)
     assert model.first.weight is weight and model.first.out_channels == 8 and model(EXAMPLE).shape[1] == 2
 
@@ -133,6 +133,8 @@ def test_transformers_and_networks_without_channels_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="is a transformer"):
         channels.remove_channels(ViTForImageClassification(config), EXAMPLE, 0.5)
+    with pytest.raises(ValueError, match=r"TransformerEncoderLayer is a transformer: .* method='magnitude'"):
+        channels.remove_channels(nn.TransformerEncoderLayer(8, 2), EXAMPLE, 0.5)
     with pytest.raises(ValueError, match="no group of convolution channels"):
         channels.remove_channels(nn.Sequential(nn.Conv2d(3, 2, 1)), EXAMPLE, 0.5)
     with pytest.raises(ValueError, match="pass example="):

@@ -39,6 +39,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"model_type": "distilbert", "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 50},
     ),
     "camembert": ("sequence-classification", {"model_type": "camembert", **TEXT}),
+    "mpnet": ("sequence-classification", {"model_type": "mpnet", **TEXT}),
     "t5": (
         "seq2seq-lm",
         {"model_type": "t5", "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 50}
@@ -58,7 +59,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 NETWORKS = ("resnet18", "mobilenet_v2")
 FAMILIES = (*NETWORKS, *CONFIGS)
-#: Families whose heads cannot be removed: their projections go through ranks that all heads share.
+#: Families whose heads are not removed: query, key and value come from projections in two steps, through low ranks.
 NO_HEADS = ("deepseek",)
 
 
@@ -134,6 +135,7 @@ def test_parameters_operations_and_bytes_fall(family: str, pruned: dict[str, Any
 SAYS: dict[str, dict[str, int]] = {
     "bert": {"intermediate_size": 24},
     "camembert": {"intermediate_size": 24},
+    "mpnet": {"intermediate_size": 24},
     "distilbert": {"hidden_dim": 24},
     "t5": {"d_ff": 24, "num_heads": 2},
     "llama": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
@@ -347,3 +349,37 @@ def test_labels_are_asked_for_by_taylor_alone() -> None:
         prune(build("bert"), "heads", importance="taylor", data=data)
     with pytest.raises(DataError, match="importance='activation' looks at examples: pass data="):
         prune(build("resnet18"), "channels", importance="activation")
+
+
+# What cannot be removed.
+
+
+def test_heads_of_an_unknown_form_are_refused_by_what_is_the_case() -> None:
+    with pytest.raises(ValueError, match=r"has no attention heads to remove: DeepseekV3Attention has other"):
+        prune(build("deepseek"), "heads")
+    with pytest.raises(ValueError, match=r"Linear has no feed-forward neurons to remove: none of its modules has the"):
+        prune(nn.Linear(2, 2), "neurons")
+
+
+def test_a_refused_model_is_what_it_was() -> None:
+    model = build("gpt2")
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"no attention heads to remove \(blocks: transformer.h.0.attn, .*: widen"):
+        prune(model, "heads", include=["nothing"])
+    assert dict(model.named_modules()) == before
+
+
+def test_a_model_that_would_not_run_without_its_heads_keeps_them() -> None:
+    """Something outside the blocks counts on all heads, as position biases of some families do."""
+    model: Any = build("llama")
+    want, config = scores_of(model, "llama"), model.config.to_dict()
+
+    def count(module: nn.Module, args: Any, result: Any) -> None:
+        assert module.q_proj.out_features == 32, "four heads, please"
+
+    handle = model.model.layers[1].self_attn.register_forward_hook(count)
+    with pytest.raises(ValueError, match=r"does not run without these attention heads: .*; nothing was changed"):
+        prune(model, "heads", 0.5)
+    handle.remove()
+    assert model.config.to_dict() == config and not hasattr(model, "pykd_report")
+    assert torch.equal(scores_of(model, "llama"), want)

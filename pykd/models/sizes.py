@@ -41,8 +41,11 @@ PRESETS: dict[str, Size] = {
     "2x384": Size(2, 384, 12, 1536),
 }
 
+#: Heads that a size which is not among them has, where they divide its width.
+HEADS_OF_OTHERS = 12
 
-def size_of(preset: str, *, heads: int = 12) -> Size:
+
+def size_of(preset: str, *, heads: int = HEADS_OF_OTHERS) -> Size:
     """A preset by name, or any other "layers x width": then 4 neurons per channel, and heads that divide the width.
 
     Raises ValueError for a name that is neither.
@@ -68,8 +71,19 @@ def heads_that_divide(hidden_size: int, heads: int) -> int:
     return next(count for count in range(min(heads, hidden_size), 0, -1) if hidden_size % count == 0)
 
 
+def fewer_heads(found: int, wanted: int, hidden_size: int) -> str:
+    """What is said where heads do not divide the width.
+
+    >>> fewer_heads(8, 12, 512)
+    '8 attention heads instead of 12: 12 do not divide the width 512'
+    """
+    return f"{found} attention heads instead of {wanted}: {wanted} do not divide the width {hidden_size}"
+
+
 def preset_config(preset: str, model_type: str, **more: Any) -> dict[str, Any]:
     """What ``load_huggingface(None, task, config=...)`` builds a model of this size and family from; ``more`` is added.
+
+    A width that is no published one and that 12 heads do not divide gets fewer, which is logged.
 
     >>> preset_config("6x512", "distilbert", vocab_size=32000)["n_heads"]
     8
@@ -77,6 +91,8 @@ def preset_config(preset: str, model_type: str, **more: Any) -> dict[str, Any]:
     from transformers import AutoConfig
 
     size, default = size_of(preset), vars(AutoConfig.for_model(model_type))
+    if preset not in PRESETS and size.heads < HEADS_OF_OTHERS and not set(HEADS) & set(more):
+        logger.warning("%s", fewer_heads(size.heads, HEADS_OF_OTHERS, size.hidden_size))
     wanted = {HIDDEN: size.hidden_size, HEADS: size.heads, KEY_HEADS: size.heads, NEURONS: size.intermediate_size,
               HEAD_SIZE: size.hidden_size // size.heads, DEPTH: size.depth}  # fmt: skip
     values = {name: value for names, value in wanted.items() for name in names if name in default}
@@ -123,8 +139,8 @@ def resized_config(
         wanted = heads or (max(1, round(old_heads * hidden / old_hidden)) if fixed else old_heads)
         found, key_heads = _fitting(config, hidden, wanted, fixed)
         if found != wanted:
-            why = f"{wanted} do not divide the width {hidden}" if not fixed else "its key heads cannot be shared so"
-            notes.append(f"{found} attention heads instead of {wanted}: {why}")
+            shared = f"{found} attention heads instead of {wanted}: its key heads cannot be shared so"
+            notes.append(shared if fixed else fewer_heads(found, wanted, hidden))
             logger.warning("%s", notes[-1])
         _set(new, HEADS, found)
         _set(new, KEY_HEADS, key_heads)

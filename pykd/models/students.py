@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pykd.models.layer_choice import Batches, choose_layers
 from pykd.models.layers import keep_layers, layer_map, layer_stacks, remember
 from pykd.models.narrow import narrowed
-from pykd.models.sizes import HEADS, NEURONS, has_fixed_heads, resized_config, size_of, value_of
+from pykd.models.sizes import HEADS, NEURONS, PRESETS, has_fixed_heads, resized_config, size_of, value_of
 from pykd.nn.channels import default_example, remove_channels
 from pykd.nn.family_config import update_config
 from pykd.nn.slicing import (
@@ -82,7 +82,7 @@ def derive(
         size = size_of(preset, heads=its_heads)
         neurons = min(size.intermediate_size, value_of(config, NEURONS) or size.intermediate_size)
         depth, hidden_size, heads, intermediate_size = size.depth, size.hidden_size, min(size.heads, its_heads), neurons
-        heads = None if has_fixed_heads(config) else heads
+        heads = None if has_fixed_heads(config) or preset not in PRESETS else heads  # None: its own, as far as they fit
     named = not isinstance(layers, str)
     if named and depth is not None:
         raise ValueError("layers names the layers kept: leave depth out")

@@ -147,7 +147,7 @@ def _config(spec: Model, data: DataBundle) -> dict[str, Any]:
         return dict(spec.config)
     config = dict(spec.config)
     if spec.preset is not None:
-        config = preset_config(spec.preset, config.pop("model_type")) | config
+        config = preset_config(spec.preset, config.pop("model_type"), **config)
     if data.tokenizer is not None:
         tokenizer = data.tokenizer
         known = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}

@@ -235,6 +235,18 @@ def test_published_sizes_from_a_teacher_with_32000_tokens(caplog: pytest.LogCapt
     assert entry["notes"][0] in caplog.text
 
 
+def test_other_sizes_say_what_they_do_about_heads(caplog: pytest.LogCaptureFixture) -> None:
+    student = derive(
+        load_huggingface(None, "masked-lm", config=preset_config("2x96", "bert", vocab_size=9)), preset="1x40"
+    )
+    said = "10 attention heads instead of 12: 12 do not divide the width 40"
+    assert student.config.num_attention_heads == 10 and student.pykd_report[0]["notes"] == [said]
+    assert caplog.messages == [said]
+    assert preset_config("1x40", "bert")["num_attention_heads"] == 10 and caplog.messages == [said] * 2
+    assert preset_config("1x40", "bert", num_attention_heads=8)["num_attention_heads"] == 8
+    assert preset_config("6x512", "bert")["num_attention_heads"] == 8 and len(caplog.messages) == 2
+
+
 def test_head_counts() -> None:
     assert [heads_that_divide(width, 12) for width in (768, 512, 312, 384, 7)] == [12, 8, 12, 12, 7]
     assert size_of("3x256").heads == 8

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 #: How a student may be trained instead -> how a sentence says it.
 ARMS = {"labels": "on labels alone", "direct": "directly from the first teacher"}
 INDEX = "chain.json"
+#: Options that decide how a chain is shown and kept, not what it computes.
+NOT_IDENTITY = ("progress", "log_file", "checkpoint_steps", "keep_checkpoints")
 
 #: Options of `derive`, a model to start from, or a function that makes one from the teacher.
 StudentLike = Mapping[str, Any] | nn.Module | Callable[[nn.Module], nn.Module]
@@ -227,8 +229,9 @@ class _Run:
         self.teacher, self.data, self.score, self.seed, self.options = teacher, data, score, seed, options
         self.folder, self.finished = folder, dict[str, Any]()
         self._where: dict[str, Any] = {}
-        told = [f"{name}: {spec}" for name, spec in students.items() if isinstance(spec, Mapping)]
-        facts = [fingerprint(teacher), data.fingerprint, seed, list(students), told, sorted(map(str, options.items()))]
+        told = [f"{name}: {self._told(spec)}" for name, spec in students.items()]
+        asked = {name: value for name, value in options.items() if name not in NOT_IDENTITY}
+        facts = [fingerprint(teacher), data.fingerprint, seed, list(students), told, _written(asked)]
         self.identity = digest(facts)
         if folder is None and resume:
             raise ValueError("resume=True needs output_dir, the folder that the interrupted chain wrote to")
@@ -277,6 +280,12 @@ class _Run:
         self.together.once(self._write)
         return link, model
 
+    def _told(self, spec: StudentLike) -> str:
+        """What a student begins as: options as they are written, models by all that is in them."""
+        if isinstance(spec, Mapping) or self.folder is None:
+            return str(spec) if isinstance(spec, Mapping) else ""
+        return fingerprint(spec if isinstance(spec, nn.Module) else self._make(spec))
+
     def _make(self, spec: StudentLike) -> nn.Module:
         return make_link(spec, self.teacher, seed=self.seed)
 
@@ -284,3 +293,17 @@ class _Run:
         if self.folder is not None:
             content = {"identity": self.identity, "finished": self.finished}
             atomic_write(self.folder / INDEX, json.dumps(content, indent=1) + "\n")
+
+
+def _written(value: Any) -> str:
+    """An option as it is in every process: functions by their names, not by where they lie in memory.
+
+    >>> _written({"temperature": 2.0, "method": {make_link: 1.0}})
+    "{'method': {'pykd.distillation.chain.make_link': 1.0}, 'temperature': 2.0}"
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(sorted(f"'{_written(key)}': {_written(each)}" for key, each in value.items())) + "}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value).__name__ + _written({each.name: getattr(value, each.name) for each in fields(value)})
+    name = getattr(value, "__qualname__", None)
+    return str(value) if name is None else f"{value.__module__}.{name}"

@@ -34,9 +34,10 @@ def network(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
 
 
-def chain(**more: Any) -> Chain:
+def chain(others: dict[str, Any] | None = None, **more: Any) -> Chain:
     teacher = pykd.finetune(network(64), bundle(), epochs=20, lr=0.01, progress=False)
-    return distill_chain(teacher, {"medium": network(16), "small": network(4)}, bundle(), **{**OPTIONS, **more})
+    students = {"medium": network(16), "small": network(4), **(others or {})}
+    return distill_chain(teacher, students, bundle(), **{**OPTIONS, **more})
 
 
 def test_each_link_and_its_arms() -> None:
@@ -128,7 +129,10 @@ def test_an_interrupted_chain_goes_on(tmp_path: Path) -> None:
         chain(output_dir=tmp_path)
     with pytest.raises(ArtifactError, match="already holds another chain"):
         chain(output_dir=tmp_path, resume=True, seed=1)
-    again = chain(output_dir=tmp_path, resume=True)
+    for other in (network(8), lambda teacher: network(8)):  # students are known by what they begin as
+        with pytest.raises(ArtifactError, match="already holds another chain"):
+            chain({"small": other}, output_dir=tmp_path, resume=True)
+    again = chain({"medium": lambda teacher: network(16)}, output_dir=tmp_path, resume=True, progress=None)
     assert [link.metrics for link in again.links] == [link.metrics for link in whole.links]
     for a, b in zip(whole.students, again.students, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
@@ -157,3 +161,16 @@ def test_held_out_counts_what_is_labelled(bundles: dict[str, DataBundle]) -> Non
     found = held_out(model, data, batch_size=3)
     assert found["loss"] == pytest.approx(nn.functional.cross_entropy(scores[keep], labels[keep]).item(), rel=1e-4)
     assert found["accuracy"] == pytest.approx((scores.argmax(-1) == labels)[keep].float().mean().item())
+
+
+def test_a_chain_is_known_again_in_another_process() -> None:
+    """Functions among its options count by name: where they lie in memory is another place each time."""
+    from pykd.distillation import Method
+    from pykd.distillation.chain import _written
+
+    def mine(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+        return student.sum()
+
+    said = _written({"method": {mine: 1.0, Method(mine, options={"share": 0.5}): {"weight": 2.0}}})
+    assert " at 0x" not in said and said.count("<locals>.mine") == 2 and "'share': 0.5" in said
+    assert said != _written({"method": {mine: 1.0, Method(mine, options={"share": 0.4}): {"weight": 2.0}}})

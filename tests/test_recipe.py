@@ -98,6 +98,13 @@ def test_short_settings_apply_before_overrides() -> None:
 def test_the_hash_is_of_what_is_computed() -> None:
     assert recipe_hash(load_recipe({**GOOD, "description": "other words"})) == recipe_hash(load_recipe(GOOD))
     assert recipe_hash(load_recipe({**GOOD, "seed": 1})) != recipe_hash(load_recipe(GOOD))
+    chain = {
+        **{k: v for k, v in GOOD.items() if k != "student"},
+        "stages": [{"chain": {"students": {"a": {"width": 0.5}}}}],
+    }
+    studies = [{"weights": {"quality": 1.0}}, {"weights": {"quality": 0.5}}, {"explain": 4}]
+    hashes = [recipe_hash(load_recipe({**chain, "study": study})) for study in studies]
+    assert hashes[0] == hashes[1] != hashes[2]  # weights judge what was computed
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ class RunDirectory:
             found = directory.check(resume=resume, overwrite=overwrite)
             if found is not None and resume:
                 directory.state = found
+                directory._take_recipe()
             else:
                 directory._begin(replace=found is not None)
             with _logged(path / "run.log"):
@@ -124,6 +125,12 @@ class RunDirectory:
             logger.info("%s: replacing the run that is there", self.path)
             self._clear()
         self.write("recipe.yaml", recipe_yaml(self.recipe))
+
+    def _take_recipe(self) -> None:
+        """The recipe as it is now: what its hash leaves out may have changed."""
+        file, text = self.path / "recipe.yaml", recipe_yaml(self.recipe)
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            self.write("recipe.yaml", text)
 
     def _read(self) -> dict[str, Any] | None:
         file = self.path / "run.json"

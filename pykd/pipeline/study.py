@@ -13,7 +13,7 @@ from typing import Any
 from pykd.errors import RecipeError
 from pykd.pipeline.ablation import ablated
 from pykd.pipeline.arms import StudyPipeline, is_chain
-from pykd.pipeline.directory import RANKING, held
+from pykd.pipeline.directory import RANKING, RunDirectory, held
 from pykd.pipeline.ranking import Place, gains_of, rank, ranking_of
 from pykd.pipeline.result import Finding, Run
 from pykd.pipeline.runner import Pipeline
@@ -71,9 +71,9 @@ def run_study(
 
     The recipe has a single stage, ``chain``, or a ``search``, after which the recipe is carried out with the best
     values as by :func:`pykd.run`. ``study`` has the weights of the ranking. Each student of each arm is saved under
-    ``stages/STUDENT-ARM``, the recommended one under ``model``; ``study.json`` has the ranking. workers: arms, trials
-    and ablations made at a time, each in a process and on a device of its own. Other arguments as for run. Raises what
-    run does, and RecipeError for a recipe with neither.
+    ``stages/STUDENT-ARM``, the recommended one under ``model``; ``study.json`` has the ranking. With other weights
+    ``resume`` ranks again what is there. workers: arms, trials and ablations made at a time, each in a process and on a
+    device of its own. Other arguments as for run. Raises what run does, and RecipeError for a recipe with neither.
     """
     check_workers(workers)
     checked = load_recipe(recipe, overrides=overrides, short=short)
@@ -110,7 +110,16 @@ def _ranked(pipeline: StudyPipeline, found: Sequence[Finding]) -> StudyRun:
     pipeline.measured = [teacher, *(entry for entry in students if entry is not best), best]
     gains = gains_of(students)
     tables = (*found, *([gains] if gains is not None else []), ranking_of(ranking))
+    if pipeline.directory.state["finished"] and _weighed(pipeline.directory) != weights:
+        logger.info("the weights are others now: ranked again")
+        pipeline.directory.save(finished=False)
     done = StudyRun(pipeline.conclude(pipeline.directory.model(best.stage), tables), tuple(ranking), weights)
     pipeline.directory.write(RANKING, json.dumps(done.to_dict(), indent=2) + "\n")
     logger.info("%s", done.recommendation())
     return done
+
+
+def _weighed(directory: RunDirectory) -> dict[str, float] | None:
+    """The weights of the ranking that was written before."""
+    file = directory.path / RANKING
+    return json.loads(file.read_text(encoding="utf-8"))["weights"] if file.exists() else None

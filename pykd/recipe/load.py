@@ -69,8 +69,10 @@ def _checked(content: dict[str, Any], where: str) -> Recipe:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Identity of what a recipe computes: 16 hex digits over everything but its description and what comes after it."""
-    content = recipe.model_dump(mode="json", exclude={"description", "then", "short", "ablate"})
+    """Identity of what a recipe computes: 16 hex digits over everything but its description, what comes after it, and
+    the weights of a ranking, which only judge what was computed."""
+    apart: dict[str, Any] = dict.fromkeys(("description", "then", "short", "ablate"), True)
+    content = recipe.model_dump(mode="json", exclude={**apart, "study": {"weights"}})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pykd.pipeline import run_study
 from pykd.pipeline.ranking import Place, rank
 from pykd.pipeline.result import Measured
 from pykd.pipeline.study import StudyRun
+from pykd.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,28 @@ def test_a_finished_study_is_read_back(
     monkeypatch.setattr(module, "evaluate", None)
     again = run_study(sizes, output_dir=folder, resume=True, progress=False)
     assert again.ranking == found.ranking and again.run.reports == found.run.reports
+
+
+def test_other_weights_rank_again_what_was_trained(
+    sizes: dict[str, Any], done: tuple[Path, StudyRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, found = done
+    shutil.copytree(folder, tmp_path / "sizes")
+    shutil.copytree(folder.parent / "teachers", tmp_path / "teachers")
+    monkeypatch.setattr(module, "evaluate", None)
+    before = found.ranking[0].name
+    only = next(name for name in ("speed", "size", "quality", "explanations")
+                if rank(found.run.measured[1:], {name: 1.0})[0].name != before)  # fmt: skip
+    other = {**sizes, "study": {"weights": {"quality": 0.0, "speed": 0.0, "size": 0.0, only: 1.0}, "explain": 2}}
+    again = run_study(other, output_dir=tmp_path / "sizes", resume=True, progress=False)
+    assert again.ranking[0].name != before and again.run.final.name == again.ranking[0].name
+    written = json.loads((tmp_path / "sizes" / "study.json").read_text())
+    assert written["recommended"] == again.ranking[0].name and written["weights"][only] == 1.0
+    reported = json.loads((tmp_path / "sizes" / "report.json").read_text())
+    assert reported["settings"]["recipe"]["study"]["weights"][only] == 1.0
+    saved = [tmp_path / "sizes" / place / "model.safetensors" for place in ("model", f"stages/{again.ranking[0].name}")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    assert load_recipe(tmp_path / "sizes" / "recipe.yaml").study.weights.quality == 0.0  # type: ignore[union-attr]
 
 
 def test_an_interrupted_study_goes_on(

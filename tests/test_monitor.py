@@ -96,6 +96,31 @@ def test_it_ends_with_the_newest_training(log: Path, monkeypatch: pytest.MonkeyP
     assert slept == [0.5]
 
 
+def test_a_run_goes_on_after_a_training(log: Path) -> None:
+    """Between two trainings of a run their models are measured: it is not over before its folder says so."""
+    state = log.with_name("run.json")
+    state.write_text(json.dumps({"finished": False}))
+    append(log, {"event": "end", "step": 6})
+    monitor = Monitor(log.parent)
+    assert monitor.read() and not monitor.ended
+    append(log, {"event": "begin", "step": 0, "total_steps": 8}, {"event": "end", "step": 8}, run="3-recover")
+    assert monitor.read() and not monitor.ended
+    state.write_text(json.dumps({"finished": True}))
+    assert monitor.ended
+
+
+def test_a_run_that_was_started_over_is_read_from_its_beginning(log: Path) -> None:
+    monitor = Monitor(log)
+    monitor.read()
+    log.unlink()
+    assert monitor.read() and not monitor.trainings and not monitor.read()
+    append(log, {"event": "begin", "step": 0, "total_steps": 5}, run="teacher")
+    assert monitor.read() and list(monitor.trainings) == ["teacher"]
+    log.unlink()
+    append(log, {"event": "begin", "step": 0, "total_steps": 500}, step(1, 2.0, 1.0))
+    assert monitor.read() and list(monitor.trainings) == ["1-distill"]
+
+
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", str(tmp_path)]) == 2
     assert "events.jsonl does not exist: name the folder of a run" in capsys.readouterr().err

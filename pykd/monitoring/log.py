@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,21 @@ def rotated(path: Path) -> list[Path]:
         if file.name.rpartition(".")[2].isdecimal()
     }
     return [*(numbered[number] for number in sorted(numbered, reverse=True)), *([path] if path.exists() else [])]
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Sequence[BinaryIO]]:
+    """The files of a log, oldest first, as they all were at one moment, however the log rotates meanwhile."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                files = [stack.enter_context(open(file, "rb")) for file in rotated(path)]
+                names = [os.stat(file).st_ino for file in rotated(path)]
+            except FileNotFoundError:  # renamed since it was listed
+                continue
+            if names == [os.fstat(file.fileno()).st_ino for file in files]:
+                yield files
+                return
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

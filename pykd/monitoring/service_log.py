@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pykd.errors import ArtifactError
-from pykd.monitoring.log import parse, rotated
+from pykd.monitoring.log import opened, parse, rotated
 from pykd.monitoring.watch import latencies
 
 #: The log in the folder that a service keeps its state in.
@@ -68,7 +68,7 @@ class ServiceMonitor:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path) / SERVICE_LOG if Path(path).is_dir() else Path(path)
-        if not self.path.is_file():
+        if not rotated(self.path):
             raise ArtifactError(f"{self.path} does not exist: name the folder of a service, or its log")
         self.models: dict[str, Traffic] = {}
         self.torn = 0
@@ -77,18 +77,18 @@ class ServiceMonitor:
     def read(self) -> bool:
         """Take the whole lines that were added since the last time, also those rotated away; True when any were."""
         any_new, offsets = False, dict[int, int]()
-        for file in rotated(self.path):
-            with open(file, "rb") as lines:
+        with opened(self.path) as files:
+            for lines in files:
                 status = os.fstat(lines.fileno())
                 start = self._read.get(status.st_ino, 0)
                 start = start if start <= status.st_size else 0  # another file under an old number
                 lines.seek(start)
                 added = lines.read()
-            whole = added[: added.rfind(b"\n") + 1]
-            offsets[status.st_ino] = start + len(whole)
-            any_new |= bool(whole)
-            for line in whole.splitlines(keepends=True):
-                self._take(line)
+                whole = added[: added.rfind(b"\n") + 1]
+                offsets[status.st_ino] = start + len(whole)
+                any_new |= bool(whole)
+                for line in whole.splitlines(keepends=True):
+                    self._take(line)
         self._read = offsets
         return any_new
 
@@ -134,7 +134,7 @@ def is_service_log(path: str | Path) -> bool:
     """
     found = Path(path)
     if found.is_dir():
-        return (found / SERVICE_LOG).is_file()
+        return bool(rotated(found / SERVICE_LOG))
     if not found.is_file():
         return False
     with open(found, "rb") as lines:

@@ -14,6 +14,8 @@ from pykd.monitoring.service_log import ServiceMonitor, is_service_log
 
 #: The log of events in a run's folder.
 EVENTS = "events.jsonl"
+#: What a run's folder says of itself, beside it.
+STATE = "run.json"
 #: Steps that the rate is averaged over.
 RECENT = 50
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -80,11 +82,17 @@ class Monitor:
         if not self.path.is_file():
             raise ArtifactError(f"{self.path} does not exist: name the folder of a run, or its log of events")
         self.trainings: dict[str, Training] = {}
-        self._read = 0
+        self._read, self._first = 0, b""
 
     def read(self) -> bool:
         """Take the lines that were added since the last time, whole ones only; True when there were any."""
+        if not self.path.exists():  # started over, and nothing is trained yet
+            return self._begin_again()
         with open(self.path, "rb") as file:
+            first = file.readline()
+            if self._first and first != self._first:  # another log in its place
+                self._begin_again()
+            self._first = first if first.endswith(b"\n") else b""
             file.seek(self._read)
             added = file.read()
         added = added[: added.rfind(b"\n") + 1]
@@ -100,8 +108,16 @@ class Monitor:
 
     @property
     def ended(self) -> bool:
-        """Whether the newest training has ended."""
+        """Whether the run is finished; of a log without a run's folder around it, whether its newest training ended."""
+        state = self.path.with_name(STATE)
+        if state.is_file():
+            return bool(json.loads(state.read_text(encoding="utf-8")).get("finished"))
         return bool(self.trainings) and list(self.trainings.values())[-1].ended
+
+    def _begin_again(self) -> bool:
+        """Forget a run that was replaced by another one; True where there was something to forget."""
+        known, self.trainings, self._read, self._first = bool(self.trainings), {}, 0, b""
+        return known
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """One row a training: name, steps, loss, its curve, learning rate, rate, time left, newest validation."""
@@ -123,9 +139,9 @@ class Monitor:
 
 
 def watch(path: str | Path, *, once: bool = False, every: float = 1.0) -> None:
-    """Show a run on the terminal until its newest training has ended, or a service's log, until Ctrl-C.
+    """Show a run on the terminal until it is finished, or a service's log, until Ctrl-C.
 
-    once: as it is now.
+    once: as it is now. Of a log without a run's folder around it, until its newest training has ended.
     """
     from rich.console import Console
     from rich.live import Live

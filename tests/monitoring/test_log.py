@@ -15,6 +15,7 @@ import pytest
 
 from pykd.cli import main
 from pykd.errors import ArtifactError
+from pykd.monitoring import log as module
 from pykd.monitoring.log import RotatingLog, parse, read_log, rotated
 from pykd.monitoring.service_log import ServiceMonitor, is_service_log
 
@@ -122,6 +123,33 @@ def test_it_follows_through_a_rotation(served: Path) -> None:
         log.write(line[9:] + "\nnoise\n")
     assert monitor.read() and monitor.models["n"].labels == 1 and monitor.torn == 1
     assert monitor.models["m"].predictions == 9
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_rotation_between_two_looks_at_the_folder_loses_and_doubles_nothing(
+    served: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """The files are listed, then they get other names, then they are opened."""
+    log = served / "service.jsonl"
+    count = sum(event["event"] == "prediction" and event["model"] == "m" for event in read_log(log))
+    monitor, look = ServiceMonitor(log), module.rotated
+    if known:
+        monitor.read()
+
+    def rotating(path: Path) -> list[Path]:
+        found = look(path)
+        monkeypatch.setattr(module, "rotated", look)
+        for number in (1, 0):
+            os.rename(f"{log}.{number}" if number else log, f"{log}.{number + 1}")
+        log.write_text(json.dumps({"time": 99, "event": "label", "model": "n"}) + "\n")
+        return found
+
+    monkeypatch.setattr(module, "rotated", rotating)
+    assert monitor.read()
+    assert monitor.models["m"].predictions == count and monitor.models["n"].labels == 1
+    assert not monitor.read()
+    log.unlink()  # renamed, and no line has been written since
+    assert is_service_log(served) and ServiceMonitor(served).read()
 
 
 def test_the_command_tells_a_service_from_a_run(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,18 @@ class ImageClassifier:
 
     task, takes = "image-classification", "image"
 
-    def __init__(self, model: nn.Module, labels: tuple[str, ...], preprocess: Preprocess, *, max_pixels: int) -> None:
-        self.model, self.labels, self.preprocess, self.max_pixels = model, labels, preprocess, max_pixels
+    def __init__(
+        self, model: nn.Module, labels: tuple[str, ...], preprocess: Preprocess, *, max_pixels: int, all_pixels: int
+    ) -> None:
+        """max_pixels: of an image; all_pixels: of those of one request together."""
+        self.model, self.labels, self.preprocess = model, labels, preprocess
+        self.max_pixels, self.all_pixels = max_pixels, all_pixels
         self.head = HeadInputs(model)
 
     def prepare(self, inputs: Sequence[bytes]) -> list[Input]:
+        pixels = sum(measured(content, self.max_pixels, f"image {number}") for number, content in enumerate(inputs))
+        if pixels > self.all_pixels:  # few bytes can hold many, and to unpack them takes the time of everyone
+            raise ValueError(f"the images have {pixels} pixels together, allowed are {self.all_pixels}: send fewer")
         # Each is made small before the next is unpacked: a few bytes can hold as many pixels as are allowed.
         return [self._ready(content, f"image {number}") for number, content in enumerate(inputs)]
 
@@ -48,19 +56,36 @@ def open_image(content: bytes, max_pixels: int, name: str) -> Any:
 
     Raises ValueError, which begins with ``name``, for what is no picture of a known format, or too large, or damaged.
     """
+    measured(content, max_pixels, name)
+    with _readable(name):
+        picture = _opened(content)
+        picture.load()
+    return picture
+
+
+def measured(content: bytes, max_pixels: int, name: str) -> int:
+    """How many pixels a picture says it has, none of which is decoded. Raises ValueError as :func:`open_image`."""
+    with _readable(name):
+        picture = _opened(content)
+    pixels: int = picture.width * picture.height
+    if pixels > max_pixels:
+        raise ValueError(f"{name} has {pixels} pixels, allowed are {max_pixels}: scale it down")
+    return pixels
+
+
+def _opened(content: bytes) -> Any:
     from PIL import Image
 
+    return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
     try:
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)
-        pixels = picture.width * picture.height
-        if pixels <= max_pixels:
-            picture.load()
+        yield
     except Exception as error:  # every format raises what it likes; Pillow's own bomb check, too
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{name} is no {', '.join(FORMATS)} that can be read ({reason})") from None
-    if pixels > max_pixels:
-        raise ValueError(f"{name} has {pixels} pixels, allowed are {max_pixels}: scale it down")
-    return picture
 
 
 def preprocess_of(folder: Path, model: nn.Module, made_for: Mapping[str, Any]) -> Preprocess:

@@ -128,7 +128,8 @@ def predictor_of(model: nn.Module, folder: Path, settings: Settings) -> Predicto
         raise ArtifactError(f"{folder} has one output, a regression: served are classifiers")
     if task == "image-classification":
         preprocess = preprocess_of(folder, model, made_for.get("preprocessing", {}))
-        return ImageClassifier(model, labels, preprocess, max_pixels=settings.max_pixels)
+        limits = {"max_pixels": settings.max_pixels, "all_pixels": settings.max_request_pixels}
+        return ImageClassifier(model, labels, preprocess, **limits)
     tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         raise ArtifactError(f"{folder} holds no tokenizer: save the model with one, tokenizer=")

@@ -25,8 +25,9 @@ class Settings:
     host, port: where to listen; anything but loopback demands a token. token: of at least 16 visible ASCII characters,
     demanded as `Authorization: Bearer TOKEN` from everyone once it is set.
 
-    max_body_bytes, max_inputs (texts or images), max_text_chars (each), max_pixels (each image), max_tokens (each text
-    is cut there, or where the model's own limit is), max_new_tokens (of a generated text).
+    max_body_bytes, max_inputs (texts or images), max_text_chars (each), max_pixels (each image), max_request_pixels
+    (all images of a request), max_tokens (each text is cut there, or where the model's own limit is), max_new_tokens
+    (of a generated text).
 
     max_batch: inputs of several requests that are computed together; batch_window_ms: how long the first of them waits
     for company. max_queue: inputs waiting for a model; more are refused. threads: that compute; None: torch's choice.
@@ -54,6 +55,7 @@ class Settings:
     max_inputs: int = 64
     max_text_chars: int = 20_000
     max_pixels: int = 16 << 20
+    max_request_pixels: int = 64 << 20
     max_tokens: int = 512
     max_new_tokens: int = 128
     max_batch: int = 16
@@ -72,6 +74,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_inputs", "max_text_chars", "max_pixels", "max_new_tokens", "max_batch"):
             self._at_least(name, 1)
+        self._at_least("max_request_pixels", self.max_pixels)
         self._at_least("max_tokens", 2)
         self._at_least("batch_window_ms", 0)
         self._at_least("max_queue", self.max_inputs)

@@ -44,9 +44,12 @@ def test_one_picture_at_a_time_is_unpacked() -> None:
         return torch.zeros(3, 2, 2)
 
     model = load_torchvision("squeezenet1_1", num_classes=2)
-    classifier = ImageClassifier(model, ("a", "b"), shrink, max_pixels=1 << 20)
+    classifier = ImageClassifier(model, ("a", "b"), shrink, max_pixels=1 << 20, all_pixels=5 * 900 * 900)
     assert len(classifier.prepare([png(900, 900)] * 5)) == 5
     assert together == [1] * 5
+    with pytest.raises(ValueError, match="the images have 4860000 pixels together, allowed are 4050000: send fewer"):
+        classifier.prepare([png(900, 900)] * 6)
+    assert together == [1] * 5, "nothing is unpacked before all have been counted"
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg/>", b"%PDF-1.4", b"GIF89a" + bytes(20), png(64, 4000)[:48]])

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 #: Packages whose version can change a result.
-PACKAGES = ("pykd", "torch", "torchvision", "transformers", "datasets", "numpy", "safetensors", "scikit-learn")
+PACKAGES = (
+    "pykd", "torch", "torchvision", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "triton",
+    "torch-pruning", "numpy", "scipy", "scikit-learn", "safetensors", "pillow", "seqeval", "sacrebleu", "rouge-score",
+    "torchmetrics", "captum", "optuna", "onnxruntime",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

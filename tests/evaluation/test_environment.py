@@ -14,6 +14,7 @@ def test_it_names_versions_and_machine() -> None:
     found = json.loads(json.dumps(environment()))
     assert found["threads"] == torch.get_num_threads() and found["isa"] and found["cpu"]
     assert found["versions"]["torch"] == torch.__version__ and found["memory_gb"] > 0
+    assert {"seqeval", "sacrebleu", "rouge-score", "accelerate", "scipy"} <= set(found["versions"])
 
 
 def test_the_cpu_is_read_from_cpuinfo(tmp_path: Path) -> None:

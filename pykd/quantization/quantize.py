@@ -13,7 +13,16 @@ from pykd.calibration.inputs import Inputs
 from pykd.errors import DataError
 from pykd.nn.linear_4bit import is_4bit
 from pykd.nn.linear_8bit import STATIC
-from pykd.nn.selection import CONVOLUTION, EMBEDDING, LINEAR, layers_of, replace_layer, select_layers, transposed
+from pykd.nn.selection import (
+    CONVOLUTION,
+    EMBEDDING,
+    LINEAR,
+    layers_of,
+    replace_layer,
+    select_layers,
+    transposed,
+    uncovered,
+)
 from pykd.nn.sparse_linear import SparseWeight
 from pykd.quantization.embeddings import check_embeddings, quantize_embeddings
 from pykd.quantization.methods import Choose, check_group_size, check_method
@@ -92,9 +101,10 @@ def quantize(
     Layers are quantized in the order in which the model runs them, each by the inputs that it gets behind the packed
     ones; the statistics of one input are in memory at a time: 4 * in_features^2 bytes, and a few times that while codes
     are chosen. A layer that calibration never reached, or that would save less than LEAST_SAVING_BYTES, stays as it is
-    and is named with the reason in ``model.pykd_report``. Weights that are exactly zero stay so under every method, and
-    sparse layers are stored sparse where that is smaller; the report's ``notes`` say in words where zeros save no bytes
-    or no time any more. Packed weights are constants: train before.
+    and is named with the reason in ``model.pykd_report``; so is, unless ``include`` chooses, whatever else holds
+    weights. Weights that are exactly zero stay so under every method, and sparse layers are stored sparse where that is
+    smaller; the report's ``notes`` say in words where zeros save no bytes or no time any more. Packed weights are
+    constants: train before.
 
     Raises ValueError for an unknown scheme or method or ones that do not go together, a method without the data that it
     needs, numbers out of range, patterns that match nothing, NaN or infinite weights or activations, and data that
@@ -138,6 +148,8 @@ def quantize(
     }
     tables = [name for name, layer in selection.chosen.items() if isinstance(layer, EMBEDDING)]
     names, skipped = [name for name in selection.chosen if name not in tables], selection.skipped
+    if named is None:
+        skipped |= _beyond(model, kinds)
     del selection  # holds the dense layers
     with recorded_change(model, stage="quantize", method=_name(method), parameters=parameters) as facts:
         changed: dict[str, dict[str, Any]] = {}
@@ -161,6 +173,15 @@ def quantize(
         if isinstance(scheme, Assignment):
             facts["assignment"] = scheme.record()
     return model
+
+
+def _beyond(model: nn.Module, kinds: Sequence[type[nn.Module]]) -> dict[str, str]:
+    """What holds weights beside the layers of these classes, and why it is left."""
+    embeddings = layers_of(model, EMBEDDING)
+    return {
+        name: "embeddings=None leaves embeddings as they are" if name in embeddings else reason
+        for name, reason in uncovered(model, kinds, LEAST_SAVING_BYTES).items()
+    }
 
 
 def _name(choice: Any) -> str:

@@ -82,7 +82,8 @@ def test_the_output_is_closer_than_by_plain_rounding_and_reloads(name: str, meth
     assert entry["method"] == method and entry["parameters"]["samples"] == sum(
         len(next(iter(batch.values()))) for batch in data()
     )
-    assert len(entry["changed"]) >= 12 and all("output head" in reason for reason in entry["skipped"].values())
+    assert len(entry["changed"]) >= 12
+    assert all("output head" in reason or "embeddings" in name for name, reason in entry["skipped"].items())
 
 
 @pytest.mark.parametrize("method", METHODS)

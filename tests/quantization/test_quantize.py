@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from pykd import from_pretrained, save_pretrained
 from pykd.models.torchvision import load_torchvision
 from pykd.nn import CompressedModule, Conv2d4bit, Linear4bit
+from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.pruning import prune
 from pykd.quantization import SCHEMES, quantize
 from pykd.quantization.quantize import stored_bytes
@@ -123,6 +125,42 @@ def test_small_layers_are_left_and_named() -> None:
     reason = model.pykd_report[0]["skipped"]["0"]
     assert reason.startswith("would be stored in ") and reason.endswith("instead of 288 bytes: no gain")
     assert type(model[0]) is nn.Linear and isinstance(model[1], Linear4bit)
+
+
+def test_what_has_no_packed_form_is_named() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.wave, self.gate = nn.Embedding(99, 64), nn.Conv1d(16, 64, 5), nn.GRU(32, 32)
+            self.norm, self.small, self.layer = nn.LayerNorm(999), nn.Conv1d(2, 2, 2), nn.Linear(64, 64)
+            self.position, self.head = nn.Parameter(torch.zeros(9, 64)), nn.Linear(64, 2)
+
+    entry = quantize(Mixed()).pykd_report[0]
+    assert list(entry["changed"]) == ["layer"]
+    assert entry["skipped"] == {
+        "": "no packed form of Mixed",
+        "table": "embeddings=None leaves embeddings as they are",
+        "wave": "no packed form of Conv1d",
+        "gate": "no packed form of GRU",
+        "head": "output head",
+    }
+    assert quantize(Mixed(), include=["layer"]).pykd_report[0]["skipped"] == {}
+    assert "table" in quantize(Mixed(), embeddings="w8a16").pykd_report[0]["changed"]
+
+
+@pytest.mark.parametrize("data", [None, [torch.randn(8, 64)]], ids=["rtn", "calibrated"])
+def test_one_dense_layer_beside_the_packed_ones(data: list[torch.Tensor] | None) -> None:
+    """When the codes of a layer are chosen, the dense weights of those before are gone."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)), nn.Linear(64, 2))
+    dense = [weakref.ref(model[index].weight) for index in range(4)]
+    alive = []
+
+    def watch(weight: torch.Tensor, inputs: object, *, code: str, group_size: int) -> FourBit:
+        alive.append(sum(ref() is not None for ref in dense))
+        return quantize_4bit(weight, code=code, group_size=group_size)
+
+    quantize(model, method=watch, data=data)
+    assert alive == [4, 3, 2, 1] and not any(ref() is not None for ref in dense)
 
 
 def test_group_size_and_patterns() -> None:

@@ -49,7 +49,7 @@ def wrong_examples(report: Report, baseline: Report, data: DataBundle, *, limit:
             baseline=names[baseline.predictions[index]] if baseline.labels == report.labels else "",
             confidence=report.confidences[index],
             png=_picture(data.test[index]),
-            text=_text(data.test[index]),
+            text=shortened(str(data.test[index].get("text", ""))),
         )
         for index in wrong[:limit]
     ]
@@ -90,6 +90,10 @@ def _picture(item: Item) -> bytes:
     return buffer.getvalue()
 
 
-def _text(item: Item) -> str:
-    text = str(item.get("text", ""))
+def shortened(text: str) -> str:
+    """As much of a text as is shown.
+
+    >>> shortened("word")
+    'word'
+    """
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " ..."

@@ -13,6 +13,7 @@ from pykd.evaluation.comparison import SPEED_GAIN, Comparison, Ratios
 from pykd.evaluation.examples import flips, worst_confusions, wrong_examples
 from pykd.evaluation.footprint import theoretical_bytes
 from pykd.evaluation.report import Report
+from pykd.evaluation.worst import worst_examples
 
 if TYPE_CHECKING:
     from pykd.evaluation.report_files import Story
@@ -73,6 +74,7 @@ def context(story: Story) -> dict[str, Any]:
         "per_class": list(zip(final.per_class, baseline.per_class, strict=True)) if same_test else [],
         "flips": flips(final, baseline) if same_test else None,
         "examples": wrong_examples(final, baseline, story.data) if final.confusion else [],
+        "worst": worst_examples(final, baseline, story.data) if final.task != "classification" else [],
         "searches": {n: _search(r.details) for n, r in story.stages.items() if r.details.get("candidates")},
         "watched": {n: r.details for n, r in story.stages.items() if r.details.get("validations")},
         "validated": plots.validation_curves(validated) if validated else "",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import html
 import json
 import math
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from pykd.evaluation import Report, compare, evaluate, write_report
 from pykd.evaluation.metrics_text import entity_quality, perplexity, text_quality
 from pykd.evaluation.score import quality_score
 from pykd.evaluation.validation import validator
+from pykd.evaluation.worst import worst_examples
 from pykd.models.huggingface import load_huggingface
 
 BERT = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -123,13 +126,34 @@ def test_a_report_of_every_task(task: str, bundles: dict[str, DataBundle], tmp_p
     assert other.predictions == report.predictions and other.agreement(report) == 1
     table = compare([report, other]).text()
     assert "score" in table and next(iter(report.metrics)) in table
-    page = write_report(tmp_path, compare([report, other]), data, title=task).read_text()
-    assert "Quality score" in page and "Confusion" not in page
+    page = html.unescape(write_report(tmp_path, compare([report, other]), data, title=task).read_text())
+    assert "Quality score" in page and "Confusion" not in page and f"score: {report.example_score}" in page
+    _check_the_worst(report, data)
     assert f"Quality score = {report.score_formula}: tiny" in (tmp_path / "report.md").read_text()
     if task == "seq2seq-lm":
         assert len(report.texts) == 6 and report.metrics.keys() >= {"bleu", "chrf", "ter", "rougeL", "perplexity"}
     if task in ("causal-lm", "masked-lm"):
         assert report.metrics["perplexity"] == pytest.approx(len(data.tokenizer), rel=0.5)  # knows nothing yet
+
+
+def _check_the_worst(report: Report, data: DataBundle) -> None:
+    """Wrong answers of the report, the lowest score first, each with what was wanted and said in the wrong places."""
+    worst = worst_examples(report, report, data, limit=4)
+    scores = [each.score for each in worst]
+    assert len(worst) == 4 and scores == sorted(scores) and scores[0] == min(report.example_scores)
+    assert all(each.text == data.test[each.index]["text"] and each.prediction == each.baseline for each in worst)
+    assert all(each.prediction != each.label for each in worst)
+    if report.task == "seq2seq-lm":
+        assert all(each.label == data.test[each.index]["target"] for each in worst)
+        assert [each.prediction for each in worst] == [report.texts[each.index] for each in worst]
+    if report.task == "token-classification":
+        for each in worst:
+            item, named = data.test[each.index], [pair.rpartition(" ")[::2] for pair in each.label.split(", ")]
+            assert set(named) <= set(zip(item["words"], (report.class_names[n] for n in item["labels"]), strict=True))
+            assert [word for word, _ in named] == [pair.rpartition(" ")[0] for pair in each.prediction.split(", ")]
+    with pytest.raises(ValueError, match=r"tiny was measured on 6 examples .* of .* has 5 with"):
+        worst_examples(report, report, dataclasses.replace(data, test=[data.test[i] for i in range(5)]))
+    assert worst_examples(dataclasses.replace(report, example_scores=()), report, data) == []
 
 
 @pytest.mark.parametrize("task", list(TINY))

@@ -32,6 +32,8 @@ class Recovery(NamedTuple):
         course = f"quality {self.before:.4f} before, {self.pruned:.4f} pruned, {self.recovered:.4f} now"
         if self.share is None:
             return f"pruning before {self.name} cost nothing: {course}"
+        if self.share > 1:
+            return f"{self.name} won back all that pruning cost, and more: {course}"
         verb = "won back" if self.share >= 0 else "lost another"
         return f"{self.name} {verb} {abs(100 * self.share):.0f} % of what pruning cost: {course}"
 

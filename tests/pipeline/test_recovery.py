@@ -42,3 +42,9 @@ def test_pruning_that_cost_nothing_has_no_share() -> None:
     assert free.share is None
     assert free.sentence() == "pruning before recover cost nothing: quality 0.7000 before, 0.7100 pruned, 0.7200 now"
     assert recoveries(line(("teacher", 0.9), ("recover", 0.9))) == []
+
+
+def test_more_than_all_is_said_in_words() -> None:
+    assert Recovery("recover", 0.31, 0.308, 0.336).sentence() == (
+        "recover won back all that pruning cost, and more: quality 0.3100 before, 0.3080 pruned, 0.3360 now"
+    )

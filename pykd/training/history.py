@@ -16,7 +16,7 @@ class History:
     in ``sentence``, ``change`` against the best and ``last_change`` against the one before as shares (above 0 is
     better), ``retention`` of the teacher's value, and ``examples`` of the worst errors. seconds: time spent in steps,
     over all resumed parts. kept_step: the step whose weights the model was left with, when it is not the last.
-    outcome: how a guarded run ended, in words.
+    outcome: how a guarded run ended, in words. wrong: numbers of the examples that were wrong at the newest validation.
     """
 
     total_steps: int
@@ -25,6 +25,7 @@ class History:
     validations: list[dict[str, Any]] = field(default_factory=list)
     kept_step: int | None = None
     outcome: str | None = None
+    wrong: list[int] | None = None
 
     @property
     def steps(self) -> int:

@@ -160,6 +160,7 @@ class Run:
             "lr_scale": self.lr_scale,
             "records": history.records,
             "validations": history.validations,
+            "wrong": history.wrong,
             "seconds": history.seconds,
         }
         return tensors, plain
@@ -182,6 +183,7 @@ class Run:
                 )
         self.restore((tensors, plain))
         self.history.validations, self.lr_scale = plain["validations"], plain["lr_scale"]
+        self.history.wrong = plain.get("wrong")
         self.store.saved_step = self.history.steps
         logger.info("resumed at step %d of %d", self.history.steps, self.history.total_steps)
 

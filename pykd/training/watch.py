@@ -34,7 +34,6 @@ class Watch:
         if guard is not None and validate is None:
             raise ValueError("guard needs validate: a function of the model that returns the metrics to be guarded")
         self.run, self.validate, self.guard, self.log = run, validate, guard, log
-        self.wrong: set[int] | None = None
 
     @property
     def stopped(self) -> bool:
@@ -143,13 +142,13 @@ class Watch:
         return verdict
 
     def _changed(self, wrong: list[int] | None) -> dict[str, int]:
-        """How many examples went wrong, and how many right, since the validation before, in this process."""
+        """How many examples went wrong, and how many right, since the validation before."""
         if wrong is None:
             return {}
-        before, self.wrong = self.wrong, set(wrong)
+        before, self.run.history.wrong = self.run.history.wrong, sorted(wrong)
         if before is None:
             return {}
-        return {"newly_wrong": len(self.wrong - before), "newly_right": len(before - self.wrong)}
+        return {"newly_wrong": len({*wrong} - {*before}), "newly_right": len({*before} - {*wrong})}
 
     def _act(self, verdict: Verdict, name: str, metrics: dict[str, float], extra: dict[str, Any]) -> bool:
         run, history = self.run, self.run.history

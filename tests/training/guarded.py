@@ -90,7 +90,7 @@ def end(directory: Path, die_at: int, *, resume: bool) -> list[Any]:
     if not child:
         os.close(reading)
         found, history = train(directory, die_at=die_at, resume=resume)
-        decided = [[entry["step"], entry["action"]] for entry in history.validations]
+        decided = [[entry["step"], entry["action"], entry.get("newly_wrong")] for entry in history.validations]
         os.write(writing, json.dumps([found, history.steps, history.outcome, decided]).encode())
         os._exit(0)
     os.close(writing)

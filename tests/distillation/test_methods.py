@@ -87,10 +87,14 @@ def test_losses_are_summed_with_their_weights(bundles: dict[str, DataBundle], tm
     assert torch.equal(logits(again, data.example(4)), logits(student.eval(), data.example(4)))
 
 
-def test_hidden_is_the_error_of_the_layers_on_the_map(bundles: dict[str, DataBundle]) -> None:
+@pytest.mark.parametrize("pruned", [False, True])
+def test_hidden_is_the_error_of_the_layers_on_the_map(bundles: dict[str, DataBundle], pruned: bool) -> None:
     teacher, _, data = pair("bert", bundles)
-    student = derive(teacher, layers=[1, 2])
-    assert match_layers(student, teacher) == [[1, 2]]
+    student, followed = derive(teacher, layers=[1, 2]), [1, 2]
+    if pruned:  # layers, then heads and neurons of those that are left
+        student, followed = pykd.prune(derive(teacher, layers=[0, 1, 3]), "layers", 0.3), [0, 3]
+        pykd.prune(pykd.prune(student, "heads", 0.5), "neurons", 0.5)
+    assert match_layers(student, teacher) == [followed]
     batch = data.example(6)
     terms = Terms(resolve("hidden"), student.eval(), [teacher.eval()], [1.0], temperature=1.0, alpha=1.0, classes=2)
     with terms.ready(batch, seed=0), torch.no_grad():
@@ -101,7 +105,7 @@ def test_hidden_is_the_error_of_the_layers_on_the_map(bundles: dict[str, DataBun
         )
     assert not terms.modules  # equal widths need no projection
     mask = batch["attention_mask"].bool()
-    pairs = [(0, 0), (1, 2), (2, 3)]  # the embeddings, then layers 1 and 2 of the teacher
+    pairs = [(0, 0), *((s, t + 1) for s, t in enumerate(followed, 1))]  # the embeddings, then the teacher's layers
     want = torch.stack(
         [nn.functional.mse_loss(mine.hidden_states[s][mask], its.hidden_states[t][mask]) for s, t in pairs]
     ).mean()

@@ -62,8 +62,8 @@ def kl_div_loss(
 
     Shapes: logits (..., classes), where the last dimensions may differ; mask (bool, True counts) and weights (...).
     Types: float32, bfloat16, float16, in any mixture; arithmetic and the result are float32 (float64 for float64
-    input, by the reference). T in (0, inf), tested from 0.05 to 20. The teacher is a constant: it gets no gradient.
-    The gradient is computed with the loss, if the student requires one, and has no second derivative.
+    input, by the reference). T in (0, inf), tested from 0.05 to 20. The teacher and the weights are constants: they get
+    no gradient. The gradient is computed with the loss, if the student requires one, and has no second derivative.
 
     Raises ValueError or TypeError for options, shapes or types that do not fit.
 

@@ -74,9 +74,10 @@ def test_beta_chooses_between_forward_and_reverse() -> None:
 
 def test_mask_and_weights() -> None:
     student, teacher = logits(2, 6, 5)
-    mask, weights = torch.rand(2, 6) > 0.4, torch.rand(2, 6)
+    mask, weights = torch.rand(2, 6) > 0.4, torch.rand(2, 6, requires_grad=True)
     want = (kl(student, teacher) * weights * mask).sum() / mask.sum()
     got = pykd.kl_div_loss(student, teacher, mask=mask, weights=weights)
+    assert torch.autograd.grad(got, weights, allow_unused=True, retain_graph=True) == (None,)  # constants
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(gradient(got, student), gradient(want, student))
     with torch.no_grad():

@@ -204,6 +204,31 @@ def test_compiles_without_graph_break(inplace: bool) -> None:
     same(torch.compile(step, fullgraph=True)(leaf), step(leaf), leaf)
 
 
+def test_logits_used_twice_under_autocast() -> None:
+    weight, x = torch.randn(8, 9, requires_grad=True), torch.randn(4, 8)
+    _, _, ids, log_probs = case(4, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        student = x @ weight
+        got = pykd.kd_loss_topk(student, ids, log_probs, torch.arange(4), alpha=0.5) + student.float().square().mean()
+    assert student.dtype == torch.bfloat16 and got.dtype == torch.float32
+    exact = student.detach().double().requires_grad_()
+    want = 0.5 * zero(exact, ids, log_probs.double()).mean() + 0.5 * F.cross_entropy(exact, torch.arange(4))
+    (want + exact.square().mean()).backward()
+    torch.testing.assert_close(gradient(got, weight).double(), x.double().t() @ exact.grad, rtol=2e-2, atol=2e-2)
+
+
+def test_exports() -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, student: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
+            return pykd.kd_loss_topk(student, ids, log_probs, missing="tail")
+
+    student, _, ids, log_probs = case(3, 9)
+    inputs = (student.detach(), ids, log_probs)
+    program = torch.export.export(Loss(), inputs)
+    assert any("pykd.kl_div_topk" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
+
+
 def test_inplace_writes_the_gradient_over_the_logits() -> None:
     leaf, _, ids, log_probs = case(5, 7, 30)
     labels = torch.randint(0, 30, (5, 7))

@@ -117,9 +117,10 @@ def kd_loss(
     Shapes: logits (..., classes); labels (...), integers in [0, student classes) or `ignore_index`.
     `inplace` acts only when a gradient is wanted, and backward can then run once; compiled graphs manage their memory
     themselves and ignore it. It is refused where it would be unsafe: leaf tensors, non-contiguous ones, views of a
-    part of another tensor, and logits that share memory with the teacher's. To autograd the logits have changed:
-    backward is an error if an earlier operation had saved them, or if they were changed, or used in another term of the
-    loss, afterwards. Differentiate by what they were made of, not by them.
+    part of another tensor, and logits that share memory with the teacher's (by torch, what `split` and `unbind`
+    return). To autograd the logits have changed: backward is an error if an earlier operation had saved them, or if
+    they were changed, or used in another term of the loss, afterwards. Differentiate by what they were made of, not by
+    them.
 
     Raises ValueError or TypeError for options, shapes or types that do not fit and for labels out of range; on CUDA a
     label out of range is a device-side assertion, because the host never waits for the device.

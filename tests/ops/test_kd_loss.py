@@ -285,6 +285,12 @@ def test_unsafe_inplace_is_refused(case: str) -> None:
         pykd.kd_loss(student, teacher, torch.zeros(len(student), dtype=torch.int64), inplace=True)
 
 
+def test_torch_refuses_to_overwrite_what_split_returned() -> None:
+    (student,) = (torch.randn(4, 6, requires_grad=True) * 2).split(4)
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        pykd.kd_loss(student, torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64), inplace=True)
+
+
 S, T, Y = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"student_logits": Y}, TypeError, "student_logits must be floating point, got torch.int64: pass logits"),

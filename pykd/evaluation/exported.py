@@ -90,8 +90,9 @@ def export(
             `model.onnx` for ONNX Runtime, int4 as MatMulNBits, w8a8_static between QuantizeLinear and DequantizeLinear,
             w8a8 (a scale per row, which those do not have) as MatMulInteger, everything else dequantized by nodes of
             the graph when it is loaded; batch and sequence of any size, encoder-decoders and language models without
-            cache. "compressed-tensors": a folder for vLLM and transformers, of linear layers in w4a16, w8a16
-            or w8a8. "gguf": a file of a Llama for llama.cpp, int4 as Q4_0, uint4 as Q4_1, int8 as Q8_0; no vocabulary.
+            cache. "compressed-tensors": a folder for vLLM and transformers, of linear layers in w4a16, w8a16, w8a8 or
+            w8a8_static. "gguf": a file of a Llama for llama.cpp, int4 as Q4_0, uint4 as Q4_1, int8 as Q8_0; without
+            vocabulary.
         data: what "onnx" is checked on, a DataBundle (64 examples of its test split) or batches; None draws inputs.
         tokenizer, processor, provenance: written beside, as by `pykd.save_pretrained`.
         latency_rounds: alternating rounds in which ONNX Runtime and pykd are timed at batch 1; 0 for none.

@@ -3,7 +3,8 @@
 4-bit codes and those of w8a16 become "pack-quantized": `weight_packed` int32 [out, ceil(in * bits / 32)], the first
 code in the lowest bits, shifted so that they are not negative; `weight_scale` [out, groups], `weight_shape`, and for
 uint4 `weight_zero_point` int32 [ceil(out / 8), groups]. w8a8 becomes "int-quantized": int8 `weight`, `weight_scale`
-[out, 1], and activations that the reader rounds to int8 per token.
+[out, 1], and activations that the reader rounds to int8 per token; w8a8_static also, under the `input_scale` and
+`input_zero_point`, [1] each, that stand beside the weight (readers use code -128 too, which pykd cuts off at -127).
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from pykd.ops.int4_r16 import groups_of, unpack_nibbles
 
 NIBBLES_PER_WORD = 8
 #: Schemes that have this layout, with what it calls their layout.
-SCHEMES = {"w4a16": "pack-quantized", "w8a16": "pack-quantized", "w8a8": "int-quantized"}
+SCHEMES = {
+    "w4a16": "pack-quantized",
+    "w8a16": "pack-quantized",
+    "w8a8": "int-quantized",
+    "w8a8_static": "int-quantized",
+}
 
 Packed = Linear4bit | Linear8bit
 
@@ -117,9 +123,12 @@ def quantization_config(layer: Packed, dense: list[str]) -> dict[str, Any]:
     groups = {"strategy": "group", "group_size": size} if number > 1 else {"strategy": "channel", "group_size": None}
     bits = 4 if isinstance(layer, Linear4bit) else 8
     integer = {"num_bits": bits, "type": "int", "symmetric": getattr(layer, "symmetric", True), "dynamic": False}
-    tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    layout = SCHEMES[layer.scheme]
-    inputs = tokens if layer.scheme == "w8a8" else None
+    eight = {"num_bits": 8, "type": "int"}
+    rounded = {
+        "w8a8": {**eight, "symmetric": True, "strategy": "token", "dynamic": True},
+        "w8a8_static": {**eight, "symmetric": False, "strategy": "tensor", "dynamic": False},
+    }
+    layout, inputs = SCHEMES[layer.scheme], rounded.get(layer.scheme)
     group = {"targets": ["Linear"], "weights": {**integer, **groups}, "input_activations": inputs, "format": layout}
     return {
         "quant_method": "compressed-tensors",
@@ -136,6 +145,10 @@ def pack(layer: Packed) -> dict[str, Tensor]:
     if isinstance(layer, Linear8bit):
         codes, scales = layer._tensors()
         scales = scales.view(layer.rows, -1)
+        if layer.static is not None:
+            point = torch.tensor([layer.static.zero], dtype=torch.int8)
+            static = {"input_scale": torch.tensor([layer.static.scale]), "input_zero_point": point}
+            return {"weight": codes, "weight_scale": scales, **static}
         if layer.scheme == "w8a8":
             return {"weight": codes, "weight_scale": scales}
         shifted = (codes.short() + 128).to(torch.uint8)

@@ -27,6 +27,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "rows": {"scheme": "w4a16", "group_size": None},
     "w8a16": {"scheme": "w8a16"},
     "w8a8": {"scheme": "w8a8"},
+    "w8a8_static": {"scheme": "w8a8_static", "data": [{"input_ids": torch.arange(12).view(2, 6)}]},
 }
 
 TRANSFORMERS_ALONE = """
@@ -40,7 +41,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     model = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=config).eval()
     with torch.no_grad():
         got = model(**batch).logits
-    limit = 0.05 if folder.name == "w8a8" else 1e-5  # activations may be rounded
+    limit = 0.05 if folder.name.startswith("w8a8") else 1e-5  # activations may be rounded
     assert (got - want).abs().max() <= limit * want.abs().max(), (folder.name, (got - want).abs().max())
     print(folder.name)
 """
@@ -80,6 +81,20 @@ def test_the_configuration_says_the_scheme(tmp_path: Path) -> None:
     assert group["weights"]["num_bits"] == 8 and group["input_activations"]["strategy"] == "token"
 
 
+def test_static_scales_stand_beside_the_weights(tmp_path: Path) -> None:
+    """x = input_scale * (code - input_zero_point), one of each for a layer."""
+    model = tiny_llama()
+    pykd.quantize(model, scheme="w8a8_static", data=[{"input_ids": torch.arange(12).view(2, 6)}])
+    pykd.export(model, tmp_path / "model", format="compressed-tensors")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    told = config["config_groups"]["group_0"]["input_activations"]
+    assert (told["strategy"], told["dynamic"], told["symmetric"]) == ("tensor", False, False)
+    tensors, layer = load_file(tmp_path / "model" / "model.safetensors"), model.model.layers[0].mlp.down_proj
+    scale, zero = (tensors[f"model.layers.0.mlp.down_proj.input_{name}"] for name in ("scale", "zero_point"))
+    assert (scale.shape, zero.shape, zero.dtype) == ((1,), (1,), torch.int8)
+    assert (scale.item(), zero.item()) == (pytest.approx(layer.static.scale), layer.static.zero)
+
+
 def test_pruned_layers_are_written_with_their_zeros_and_it_is_said(tmp_path: Path) -> None:
     model = tiny_llama()
     pykd.quantize(pykd.prune(model, pattern="2:4"), scheme="w8a8")
@@ -102,7 +117,9 @@ def test_what_the_layout_does_not_hold_is_refused_by_name(tmp_path: Path, models
     refused(models("bert"), tmp_path, "BertForSequenceClassification has no quantized linear layer")
     model = tiny_llama()
     pykd.quantize(model, scheme="nf4")
-    refused(model, tmp_path, r"cannot hold 'model\.layers\.0\.\S+': it is of scheme 'nf4'; it holds w4a16, w8a16, w8a8")
+    refused(
+        model, tmp_path, r"cannot hold 'model\.layers\.0\.\S+': it is of scheme 'nf4'; it holds w4a16, w8a16, w8a8, "
+    )
     model = tiny_llama()
     pykd.quantize(model, scheme="w4a16", group_size=40)
     refused(model, tmp_path, "it is in groups of 40, of which the last of its 64 inputs is shorter")

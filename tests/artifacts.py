@@ -138,6 +138,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "bert_sparse": lambda: zeroed(bert, sparsity=0.7),
     "bert_sparse_most": lambda: zeroed(bert, sparsity=0.97),
     "bert_sparse_2_of_4": lambda: zeroed(bert, pattern="2:4"),
+    "bert_sparse_blocks": lambda: zeroed(bert, pattern="4x1"),
     "bert_sparse_w4a16": lambda: quantized(lambda: zeroed(bert, sparsity=0.7), "w4a16", group_size=32),
     "bert_sparse_w8a8": lambda: quantized(lambda: zeroed(bert, sparsity=0.7), "w8a8"),
     "bert_uneven": uneven,

@@ -97,6 +97,26 @@ def test_training_moves_the_kept_weights_only_and_inference_follows() -> None:
     assert not torch.equal(layer.weight[mask], linear.weight[mask])
 
 
+def test_masks_survive_merging() -> None:
+    """Of two models that were trained apart, and of what an adapter adds to the dense weight."""
+    linear, layer = pruned()
+    mask, other = layer.mask, copy.deepcopy(layer)
+    with torch.no_grad():
+        other.values.add_(1)
+    states = layer.state_dict(), other.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("bitmask", "bias"))
+    mean = {name: (tensor + states[1][name]) / 2 for name, tensor in states[0].items() if name != "bitmask"}
+    other.load_state_dict({**states[0], **mean})
+    assert torch.equal(other.mask, mask) and torch.allclose(other.weight, layer.weight + 0.5 * mask)
+    averaged = torch.optim.swa_utils.AveragedModel(layer)
+    averaged.update_parameters(other)
+    assert torch.equal(averaged.module.mask, mask)
+    with torch.no_grad():
+        linear.weight.add_(torch.randn(24, 2) @ torch.randn(2, 37))
+        merged = SparseLinear.from_linear(linear, mask=mask)
+        assert torch.equal(merged.mask, mask) and torch.equal(merged.weight, linear.weight * mask)
+
+
 def test_an_explicit_mask_keeps_zeros_trainable() -> None:
     linear = nn.Linear(6, 4)
     nn.init.zeros_(linear.weight)

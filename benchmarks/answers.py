@@ -23,13 +23,17 @@ RESAMPLES = 2000
 class Variant(NamedTuple):
     """One line of the table. apply(model, data) changes a model in place and returns the bytes of all its tensors.
 
-    beside: names of the variants that it is held against. peer: it may be missing on this machine.
+    beside: names of the variants that it is held against. peer: it may be missing on this machine. timed: whether a
+    call takes the time that the variant stands for. same_layers: whether the model still has its linear layers, with
+    weights that can be looked at.
     """
 
     name: str
     apply: Callable[[nn.Module, DataBundle], int]
     beside: tuple[str, ...] = ()
     peer: bool = False
+    timed: bool = True
+    same_layers: bool = True
 
 
 class Kept:

@@ -7,7 +7,8 @@ layers taken out, pruned, trained under the model as it was for `--epochs`, quan
 the embeddings in `--embeddings`, saved, and evaluated on the held-out texts. `--keep FOLDER` holds all of that, and a
 run that was interrupted goes on there. Then all models answer one text of `--length` tokens in turns, beside torch in
 float32 and torch's dynamic int8. Printed: times smaller than float32, for the linear layers of the encoder and for the
-whole file; accuracy and the share of the original's; times faster than both. Under the table, each combination that is
+whole file; accuracy and the share of the original's; KL divergence from the original's answers and share of them that
+flips; times faster than both. Under the table, each combination that is
 larger or slower than one of its own parts is named, and the smallest of those that reach every goal: `--goals` are the
 least values of these five columns.
 """
@@ -25,9 +26,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from quality import measured_options, stored_bytes, subjects
+from answers import Kept, each_text
+from quality import measured_options, scores, stored_bytes, subjects
 from quantization_peers import torch_dynamic
-from torch import nn
+from torch import Tensor, nn
 
 from pykd.data import DataBundle
 from pykd.evaluation.latency import interleaved_latency
@@ -73,6 +75,15 @@ def timed(models: Mapping[str, nn.Module], data: DataBundle, settings: argparse.
     return {name: found[name] for name in models}
 
 
+def answers(name: str, model: nn.Module, data: DataBundle, told: Kept) -> Tensor:
+    """Log-probabilities of the classes for the held-out texts, kept in the folder."""
+    if told.get(name) is None:
+        told.put(name, scores(model, data, range(len(data.test)), batch_size=64), {})
+    found = told.get(name)
+    assert found is not None
+    return found[0]
+
+
 def rows(search: Search, data: DataBundle, settings: argparse.Namespace) -> list[dict[str, Any]]:
     """Every combination that the patterns of `--only` admit: made or taken from the folder, then timed together."""
     original = search.model
@@ -85,9 +96,11 @@ def rows(search: Search, data: DataBundle, settings: argparse.Namespace) -> list
     torch_dynamic(models[DYNAMIC], data)
     models |= {candidate.name: search.load(candidate).eval() for candidate in chosen}
     times, whole = timed(models, data, settings), encoder_bytes(original)
-    found = []
+    told = Kept(settings.keep / "answers", {"data": data.fingerprint, "length": settings.max_length})
+    want, found = answers(FLOAT32, original, data, told), []
     for candidate in chosen:
         name, report = candidate.name, reports[candidate.name]
+        each = each_text(answers(name, models[name], data, told), want)
         found.append(
             {
                 "name": name,
@@ -95,6 +108,8 @@ def rows(search: Search, data: DataBundle, settings: argparse.Namespace) -> list
                 "file": base.size_bytes / report.size_bytes,
                 "accuracy": report.accuracy,
                 "kept": report.accuracy / base.accuracy,
+                "kl": float(each["kl"].mean()),
+                "flips": float(each["flips"].mean()),
                 "x float32": times[FLOAT32] / times[name],
                 "x int8": times[DYNAMIC] / times[name],
                 "ms": times[name],
@@ -105,7 +120,8 @@ def rows(search: Search, data: DataBundle, settings: argparse.Namespace) -> list
 
 def line(row: Mapping[str, Any]) -> str:
     """One line of the table."""
-    cells = (f"{row['encoder']:.2f}", f"{row['file']:.2f}", f"{row['accuracy']:.2%}", f"{row['kept']:.2%}")
+    cells = (f"{row['encoder']:.2f}", f"{row['file']:.2f}", f"{row['accuracy']:.2%}", f"{row['kept']:.2%}",
+             f"{row['kl']:.6f}", f"{row['flips']:.2%}")  # fmt: skip
     return f"| {row['name']} | {' | '.join(cells)} | {row['x float32']:.2f} | {row['x int8']:.2f} | {row['ms']:.2f} |"
 
 
@@ -161,8 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     search = Search(model, model, data, settings.keep, quantization, training, settings.seed)
     search.bind()
     found = rows(search, data, settings)
-    print("\n| combination | encoder smaller | file smaller | accuracy | kept | x float32 | x int8 | ms |")
-    print("\n".join(["|---|---:|---:|---:|---:|---:|---:|---:|", *map(line, found), ""]))
+    print("\n| combination | encoder smaller | file smaller | accuracy | kept | KL | flips | x float32 | x int8 | ms |")
+    print("\n".join(["|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|", *map(line, found), ""]))
     print("\n".join([*beside_parts(found, settings.slack), verdict(found, settings.goals)]))
     atomic_write(settings.keep / "combinations.json", json.dumps(found, indent=2) + "\n")
 

@@ -1,12 +1,13 @@
-"""What removing single weights costs a trained text classifier, by method, on texts it was not trained on.
+"""What removing weights costs a trained text classifier, by method, on texts it was not trained on.
 
     python benchmarks/bench_pruning_methods.py --model FOLDER --data FILE.parquet --texts 10000 --keep RESULTS
 
 Model, data and texts as for `bench_quantization_methods.py`, the columns are those of `quality.py`; both may keep their
 results in one folder. No training: every method sees at most the calibration texts, without labels. The peers, Wanda
 (Sun et al. 2023) and SparseGPT (Frantar and Alistarh 2023), are the papers' algorithms written here once more, layer
-after layer behind the pruned ones, by the same texts. `--recover 0.5` adds what half an epoch of training under the
-model as it was wins back, for every `--recovered` method and sparsity; with `--keep` it can be interrupted.
+after layer behind the pruned ones, by the same texts. Heads, neurons and layers go whole: the share is one of units.
+`--recover 0.5` adds what half an epoch of training under the model as it was wins back, for every `--recovered` method
+and sparsity ("movement" prunes while it trains); with `--keep` it can be interrupted.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 from pykd.calibration import Inputs, calibrate, calibration_batches
 from pykd.data import DataBundle
 from pykd.distillation import distill
-from pykd.pruning import prune
+from pykd.pruning import Gradual, prune
 from pykd.pruning.weights import select_weights
 from pykd.training.checkpoint import has_checkpoint
 
 #: Methods of `prune`, and the patterns that some of them are measured with.
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
+UNITS = ("heads", "neurons", "layers")
 PATTERNS = ("2:4", "1:4")
 
 #: (weight, statistics of its inputs, sparsity) -> pruned weight
@@ -84,6 +86,9 @@ def variants(settings: argparse.Namespace) -> list[Variant]:
         for method in METHODS:
             others = (*beside, f"textbook wanda{end}") if method == "wanda" else beside
             found.append(Variant(f"pykd {method}{end}", ours(settings, method, sparsity=sparsity), others))
+        for method in UNITS:
+            apply = ours(settings, method, sparsity=sparsity)
+            found.append(Variant(f"pykd {method}{end}", apply, same_layers=False))
         if settings.recover:
             found += [recovered(settings, method, sparsity) for method in settings.recovered]
     for pattern in PATTERNS:
@@ -108,8 +113,12 @@ def recovered(settings: argparse.Namespace, method: str, sparsity: float) -> Var
     name = f"{pruned}, {settings.recover:g} epochs at {settings.lr:g}"
 
     def apply(model: nn.Module, data: DataBundle) -> int:
-        teacher, options = copy.deepcopy(model), {"lr": settings.lr, "seed": settings.seed, "label": name}
-        ours(settings, method, sparsity=sparsity)(model, data)
+        teacher: nn.Module = copy.deepcopy(model)
+        options: dict[str, Any] = {"lr": settings.lr, "seed": settings.seed, "label": name}
+        if method == "movement":
+            options["prune"] = Gradual("movement", sparsity)
+        else:
+            ours(settings, method, sparsity=sparsity)(model, data)
         if settings.keep is not None:
             folder = settings.keep / re.sub(r"[^a-z0-9.]+", "-", name)
             options |= {"checkpoint_dir": folder, "checkpoint_steps": 200, "resume": has_checkpoint(folder)}
@@ -117,7 +126,7 @@ def recovered(settings: argparse.Namespace, method: str, sparsity: float) -> Var
                 alpha=settings.alpha, **options)  # fmt: skip
         return stored_bytes(model.eval())
 
-    return Variant(name, apply, (pruned,))
+    return Variant(name, apply, (pruned,), same_layers=method not in UNITS)
 
 
 def theirs(settings: argparse.Namespace, peer: Peer, sparsity: float) -> Callable[[nn.Module, DataBundle], int]:
@@ -144,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Quality of the pruning methods on a trained text classifier.")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.15, 0.3, 0.5, 0.7])
     parser.add_argument("--recover", type=float, default=0.0, metavar="EPOCHS", help="train pruned models for so long")
-    parser.add_argument("--recovered", nargs="+", default=["sparsegpt"], choices=METHODS, help="methods to train after")
+    parser.add_argument("--recovered", nargs="+", default=["sparsegpt"], choices=(*METHODS, *UNITS, "movement"),
+                        help="methods to train after")  # fmt: skip
     parser.add_argument("--lr", type=float, default=2e-4, help="of the recovery; --temperature, --alpha: as `distill`")
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--alpha", type=float, default=0.9)

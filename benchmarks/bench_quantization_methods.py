@@ -12,7 +12,8 @@ output errors are apart by a few percent, either may have the lower KL, and no i
 the largest magnitude. "textbook gptq" is the algorithm as printed. "embeddings" quantizes the embeddings alone, "+
 embeddings" them too. The peers (bitsandbytes, HQQ, torchao, torch) round the same linear layers; their 4-bit weights
 are unpacked and run dense, so what is compared is the choice of the codes and not a kernel, and torchao's codes, which
-it keeps a byte each, count as 4 bits; only int8, which rounds activations too, runs as it is. HQQ stores 32 bits a
+it keeps a byte each, count as 4 bits; only int8, which rounds activations too, runs as it is. ONNX Runtime runs the
+exported model after its own quantizers. HQQ stores 32 bits a
 group where ours stores 16, or 20 with zero points: with groups twice as long it is at equal bits. A peer that is not
 installed or fails is listed as not measured.
 """
@@ -25,8 +26,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from answers import Variant
+from onnx_peer import GROUPED, dynamic_int8, onnx_peer
 from quality import run, stored_bytes
-from quantization_peers import INT8, PEERS, apply_peer, plain, textbook_gptq
+from quantization_peers import INT8, OWN_PRODUCTS, PEERS, apply_peer, plain, textbook_gptq
 from torch import nn
 
 from pykd.data import DataBundle
@@ -48,7 +50,8 @@ EMBEDDINGS: tuple[str, ...] = ("w8a16", "w4a16", "nf4")
 
 def variants(settings: argparse.Namespace) -> list[Variant]:
     """What is held against others comes first."""
-    found = [Variant(name, apply, peer=True) for name, apply in INT8.items()]
+    found = [Variant(name, apply, peer=True, timed=name not in OWN_PRODUCTS) for name, apply in INT8.items()]
+    found.append(Variant("ONNX Runtime dynamic int8", onnx_peer(dynamic_int8), peer=True, same_layers=False))
     for scheme, beside in WITHOUT_GROUPS.items():
         found.append(Variant(f"pykd {scheme}", ours(settings, scheme=scheme), beside))
     for size in settings.group_size:
@@ -83,7 +86,9 @@ def of_groups(settings: argparse.Namespace, size: int) -> Iterator[Variant]:
         def peer(model: nn.Module, data: DataBundle, name: str = name) -> int:
             return apply_peer(model, PEERS[name](), size)
 
-        yield Variant(f"{name}{end}", peer, (rounding,), peer=True)
+        yield Variant(f"{name}{end}", peer, (rounding,), peer=True, timed=False)
+    for name, sized in GROUPED.items():
+        yield Variant(f"{name}{end}", sized(size), (rounding,), peer=True, same_layers=False)
 
 
 def ours(settings: argparse.Namespace, *, calibrates: bool = False, **options: Any) -> Any:

@@ -2,12 +2,15 @@
 
 What `bench_quantization_methods.py` and `bench_pruning_methods.py` share. Printed per variant: output error, the
 squared error that the changed weights make in the outputs of a linear layer over the square of the outputs, on the
-calibration texts, mean over the layers; mean KL divergence of the class probabilities from those of the model as it
-was, in nats; flips, texts whose predicted class is another; accuracy, and the percentage points of it that were lost;
-bytes of all tensors as they would be stored; seconds to make it. A second table has the ratios of a variant's mean KL
-and of its flips to those of the variants that it is to be held against. Intervals are of a bootstrap over the texts,
-paired, since all variants answer the same ones. With `--keep FOLDER` what a variant answers stays there: a run that was
-interrupted, or one of other variants (`--only`, `--list`), measures none of them twice.
+calibration texts, mean over the layers (not where layers got smaller or are out of reach); mean KL divergence of the
+class probabilities from those of the model as it was, in nats; flips, texts whose predicted class is another; accuracy,
+and the percentage points of it that were lost; bytes of all tensors as they would be stored; P50 of a call with one
+text of `--max-length` tokens, in `--rounds` in which the variant and the model as it is take turns, and how many times
+faster that is (not for what runs dense here in the place of kernels of its own, nor for what was kept untimed); seconds
+to make it. A second table has the ratios of a variant's mean KL and of its flips to those of the variants that it is to
+be held against. Intervals are of a bootstrap over the texts, paired, since all variants answer the same ones. With
+`--keep FOLDER` what a variant answers stays there: a run that was interrupted, or one of other variants (`--only`,
+`--list`), measures none of them twice.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from pykd.calibration import Inputs, calibrate, calibration_batches
 from pykd.data import DataBundle, load_text
 from pykd.data.bundle import batches, permutation
 from pykd.data.tables import is_local, read_table
+from pykd.evaluation.latency import interleaved_latency
 from pykd.io.files import sha256
 from pykd.models.adapter import logits
 from pykd.pipeline.saved import load_saved
@@ -39,8 +43,8 @@ from pykd.pipeline.saved import load_saved
 Layers = dict[str, tuple[Tensor, Tensor]]
 ORIGINAL = "as it is"
 HEAD = (
-    "| variant | output error | KL | flips | accuracy | points lost [95 %] | bytes | s |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|"
+    "| variant | output error | KL | flips | accuracy | points lost [95 %] | bytes | P50 ms | faster | s |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 HEAD_RATIOS = "| variant | beside | KL ratio [95 %] | flips ratio [95 %] |\n|---|---|---:|---:|"
 
@@ -92,10 +96,11 @@ def output_error(model: nn.Module, layers: Layers) -> float:
 def line(found: Row, texts: int) -> str:
     """One line of the table."""
     flips = f"{found['flips']} ({found['flips'] / texts:.2%})"
-    error = f"{found['output_error']:.6f}"
+    error = "-" if found["output_error"] is None else f"{found['output_error']:.6f}"
     lost = "{:.2f} [{:.2f}, {:.2f}]".format(*found["points_lost"])
     cells = (found["name"], error, f"{found['kl']:.6f}", flips, f"{found['accuracy']:.2%}", lost)
-    return f"| {' | '.join(cells)} | {found['size_bytes']:,} | {found['seconds']:.1f} |"
+    times = f"{found['p50_ms']:.2f} | {found['faster']:.2f}" if "p50_ms" in found else "- | -"
+    return f"| {' | '.join(cells)} | {found['size_bytes']:,} | {times} | {found['seconds']:.1f} |"
 
 
 def ratio_lines(found: Row) -> list[str]:
@@ -105,6 +110,16 @@ def ratio_lines(found: Row) -> list[str]:
         cells = ["-" if each is None else "{:.3f} [{:.3f}, {:.3f}]".format(*each) for each in pair.values()]
         said.append(f"| {' | '.join((found['name'], name, *cells))} |")
     return said
+
+
+def timed(original: nn.Module, changed: nn.Module, settings: argparse.Namespace) -> Row:
+    """P50 of one text by the variant, and how many times faster than the model as it is, which takes turns with it."""
+    if not settings.rounds:
+        return {}
+    size = settings.max_length
+    batch = {"input_ids": torch.full((1, size), 5), "attention_mask": torch.ones(1, size, dtype=torch.int64)}
+    found = interleaved_latency({ORIGINAL: original, "variant": changed.eval()}, batch, settings.rounds)
+    return {"p50_ms": found["variant"], "faster": found.speedup("variant")}
 
 
 def subjects(settings: argparse.Namespace) -> tuple[nn.Module, DataBundle, list[int], Tensor]:
@@ -168,8 +183,11 @@ def measure(
             try:
                 size_bytes = variant.apply(changed, data)
                 facts = {"size_bytes": size_bytes, "seconds": time.perf_counter() - started}
-                facts["output_error"] = 0.0 if variant.name == ORIGINAL else output_error(changed, inputs())
-                kept.put(variant.name, scores(changed, data, texts, settings.batch_size), facts)
+                facts["output_error"] = None
+                if variant.same_layers:
+                    facts["output_error"] = 0.0 if variant.name == ORIGINAL else output_error(changed, inputs())
+                found = scores(changed, data, texts, settings.batch_size)
+                kept.put(variant.name, found, facts | (timed(model, changed, settings) if variant.timed else {}))
             except Exception as error:
                 if not variant.peer:
                     raise
@@ -228,6 +246,7 @@ def run(
     measured_options(parser)
     parser.add_argument("--samples", type=int, default=256, help="training texts that calibrate")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each variant; 0 for none")
     parser.add_argument("--list", action="store_true", help="print the names of the variants and measure nothing")
     parser.add_argument(
         "--keep", type=pathlib.Path, metavar="FOLDER", help="keep what variants answer, and go on there"

@@ -165,6 +165,8 @@ def torch_dynamic(model: nn.Module, data: DataBundle) -> int:
     return total
 
 
+#: Of INT8, those whose products are not multiplied by their own kernels on this machine (`torchao_int8`).
+OWN_PRODUCTS = set() if torch.cpu._is_vnni_supported() else {"torchao int8 per token"}
 #: Peers that round activations too, and so run as they are.
 INT8: dict[str, Callable[[nn.Module, DataBundle], int]] = {
     "torchao int8 per token": torchao_int8,

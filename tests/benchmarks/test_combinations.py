@@ -27,7 +27,7 @@ def test_combinations_are_made_once_and_timed_beside_their_parts(
     out = capsys.readouterr().out
     assert out.count("made: ") == 8 and len(list((tmp_path / "structures").iterdir())) == 1
     for row in found.values():
-        assert row["ms"] > 0 and row["x float32"] > 0 and 0 < row["accuracy"] <= 1
+        assert row["ms"] > 0 and row["x float32"] > 0 and 0 < row["accuracy"] <= 1 and row["kl"] > 0 <= row["flips"]
         assert f"| {row['name']} | {row['encoder']:.2f} | {row['file']:.2f} | " in out
     assert (
         6 < found["w4a16"]["encoder"] < 8 and found["neurons 30 %"]["encoder"] < found["neurons 30 %, w8a8"]["encoder"]

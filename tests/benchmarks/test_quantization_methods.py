@@ -26,7 +26,7 @@ answers = script("answers")
 
 
 def run(model: Path, tmp_path: Path, *words: str) -> dict[str, Any]:
-    options = ["--texts", "60", "--samples", "24", "--group-size", "32", "--max-length", "24"]
+    options = ["--texts", "60", "--samples", "24", "--group-size", "32", "--max-length", "24", "--rounds", "2"]
     bench.main(["--model", str(model), "--data", str(EXTRACT), "--json", str(tmp_path / "out.json"), *options, *words])
     found: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
     return found
@@ -37,10 +37,12 @@ def test_every_method_is_in_the_table(
 ) -> None:
     for name in ("bitsandbytes", "hqq", "torchao"):
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(bench.GROUPED, "ONNX Runtime int4, int8 activations")  # tracing takes its time
     found = run(model, tmp_path)
     rows = {row["name"].removesuffix(" g=32"): row for row in found["rows"]}
     schemes = len(bench.WITHOUT_GROUPS) + sum(len(methods) for _, _, methods in bench.SCHEMES)
-    assert len(rows) == 1 + schemes + 4 + 3 * 3 + 1  # as it is, schemes, plain and textbook, embeddings, torch's int8
+    # as it is, schemes, plain and textbook, embeddings, torch's int8, ONNX Runtime's int8 and int4
+    assert len(rows) == 1 + schemes + 4 + 3 * 3 + 1 + 2
     assert set(found["not_measured"]) == {"torchao int8 per token", *(f"{name} g=32" for name in bench.PEERS)}
     assert rows["as it is"]["kl"] == 0 and rows["as it is"]["flips"] == 0
     for name, row in rows.items():
@@ -50,6 +52,10 @@ def test_every_method_is_in_the_table(
     assert rows["as it is"]["output_error"] == rows["pykd embeddings w8a16"]["output_error"] == 0
     for name in ("gptq", "awq"):
         assert rows[f"pykd w4a16 {name}"]["output_error"] < 0.8 * rows["pykd w4a16 rtn"]["output_error"] < 0.02
+    for name in ("ONNX Runtime int4", "ONNX Runtime dynamic int8"):
+        assert rows[name]["kl"] > 0 and rows[name]["output_error"] is None and rows[name]["p50_ms"] > 0
+    assert 0.3 < rows["ONNX Runtime int4"]["kl"] / rows["plain rounding"]["kl"] < 3  # the same but for the scales' type
+    assert all(row["p50_ms"] > 0 < row["faster"] for row in rows.values())
     assert rows["pykd w8a16"]["output_error"] < rows["torch dynamic int8"]["output_error"] < 0.01
     assert rows["pykd embeddings w8a16"]["kl"] < rows["pykd embeddings w4a16"]["kl"]
     together = rows["pykd w4a16 rtn + embeddings w8a16"]["size_bytes"]
@@ -129,6 +135,7 @@ def test_a_peer_rounds_the_same_layers(model: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setitem(bench.PEERS, "half", lambda: halve)
     found = run(model, tmp_path, "--only", "half*", "pykd nf4 rtn*")
     before, ours, half = found["rows"]
+    assert ours["p50_ms"] > 0 and "p50_ms" not in half
     assert ours["name"] == "pykd nf4 rtn g=32" and half["name"] == "half g=32" and half["kl"] > ours["kl"] > 0
     weights = sum(out * columns for out, columns in seen)
     assert len(seen) == 7 and half["size_bytes"] == before["size_bytes"] - 4 * weights + weights // 2

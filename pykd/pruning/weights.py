@@ -44,10 +44,13 @@ def select_weights(
     kinds = (*LINEAR, *CONVOLUTION, *transposed(), *others)
     selection = select_layers(model, kinds, include=include, exclude=exclude)
     stacks = tuple(f"{name}." for name in layer_stacks(model))
+    attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())  # torchvision's transformers
     for name in list(selection.chosen):
         columns = matrix_of(selection.chosen[name]).shape[1]
         if include is None and stacks and not name.startswith(stacks):
             selection.skipped[name] = "outside the transformer's layers"
+        elif include is None and attends and isinstance(selection.chosen[name], CONVOLUTION):
+            selection.skipped[name] = "embeds the patches of a transformer"
         elif isinstance(pattern, Pattern) and columns % pattern.group:
             selection.skipped[name] = f"its {columns} inputs are no multiple of {pattern.group}"
         else:

@@ -368,3 +368,14 @@ def test_defaults_are_attention_and_feed_forward(build: Callable[[], nn.Module],
         want = model(**batch).logits
         save_pretrained(model, tmp_path / "model")
         assert torch.equal(from_pretrained(tmp_path / "model").eval()(**batch).logits, want)
+
+
+def test_patch_embeddings_of_torchvision_stay() -> None:
+    """Its transformers lose feed-forward weights: nn.MultiheadAttention reads those of attention itself."""
+    from torchvision.models import VisionTransformer
+
+    shape = {"image_size": 8, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 24}
+    model = prune(VisionTransformer(**shape, num_classes=3))
+    entry: Any = model.pykd_report[0]
+    assert list(entry["changed"]) == [f"encoder.layers.encoder_layer_0.mlp.{index}" for index in (0, 3)]
+    assert entry["skipped"]["conv_proj"] == "embeds the patches of a transformer"

@@ -45,6 +45,11 @@ def test_translation(tmp_path: Path) -> None:
     assert done.reload.identical and done.final.size_bytes < 0.5 * done.teacher.size_bytes
     validated = done.measured[1].details["validations"]
     assert [entry["step"] for entry in validated] == [0, 2, 4] and "newly_right" in validated[1]
+    packed = done.measured[2].details  # of the packing, with the training before it
+    assert packed["method"] == "qat" and packed["changed"] and packed["training"]["parameters"]["max_steps"] == 2
+    assert [entry["step"] for entry in packed["validations"]] == [0, 2] and len(packed["curve"]) == 2
+    page, text = ((done.directory / name).read_text() for name in ("report.html", "report.md"))
+    assert f"Guard, qat: {packed['outcome']}" in text and page.count("Worst errors at the last validation") == 2
     assert {"bleu", "chrf", "ter", "bertscore"} <= set(done.final.metrics)
     assert f"reaches chrF {done.final.metrics['chrf']:.2f}, BLEU" in done.verdict() and "errors" not in done.verdict()
     assert "errors" not in (done.directory / "run.log").read_text()

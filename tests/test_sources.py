@@ -13,6 +13,7 @@ import torch
 import pykd
 from pykd.errors import RecipeError
 from pykd.models.layers import layer_map
+from pykd.pipeline.details import curves_of
 from pykd.pipeline.sources import build_data, build_model, build_student, task_of
 from pykd.pipeline.stages import Context, apply_stage
 from pykd.recipe import Recipe, load_recipe
@@ -135,12 +136,17 @@ def test_a_chain_is_a_stage(folder: Path, tmp_path: Path) -> None:
     data = build_data(made)
     torch.manual_seed(0)
     teacher = build_model(made.teacher, made, data, key="teacher")
-    context = Context(made, data, teacher, tmp_path, False, "1-chain")
+    context = Context(made, data, teacher, tmp_path / "chain", False, "1-chain", tmp_path / "events.jsonl")
     first = apply_stage(made.stages[0], teacher, context)
     entry = first.pykd_report[-1]
     assert entry["method"] == "teacher -> medium -> small" and first.config.hidden_size == 16
     assert [(link["student"], link["arm"]) for link in entry["links"]][1:] == [
         ("medium", "chain"), ("small", "chain"), ("small", "direct")]  # fmt: skip
+    curves = curves_of(tmp_path / "events.jsonl", ["teacher-teacher", "medium-chain", "small-chain", "small-direct"])
+    assert {name: [record["step"] for record in curve] for name, curve in curves.items()} == {
+        "medium-chain": [1, 2], "small-chain": [1, 2], "small-direct": [1, 2]}  # fmt: skip
+    assert all({"step", "loss", "lr"} <= set(record) and "time" not in record for record in curves["medium-chain"])
+    assert curves_of(tmp_path / "none.jsonl", ["medium-chain"]) == {}
     again = apply_stage(made.stages[0], teacher, context)  # finished links are taken from the folder
     assert again.pykd_report[-1]["links"] == entry["links"]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))

@@ -185,6 +185,15 @@ def distill_chain(
     return chain
 
 
+def link_name(student: str, arm: str) -> str:
+    """What one arm of a student is called in folders and logs.
+
+    >>> link_name("small", "direct")
+    'small-direct'
+    """
+    return f"{student}-{arm}"
+
+
 def make_link(spec: StudentLike, teacher: nn.Module, *, seed: int) -> nn.Module:
     """A student of a chain before it has learned anything, the same one for every arm."""
     if isinstance(spec, nn.Module):
@@ -262,7 +271,7 @@ class _Run:
         *, needed: bool = False,
     ) -> tuple[Link, nn.Module | None]:  # fmt: skip
         """Train, or take from before, and score; the model where it is ``needed`` or was trained now."""
-        key = f"{name}-{arm}"
+        key = link_name(name, arm)
         known = self.finished.get(key)
         if known is not None and not needed:
             return Link(**known), None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 #: Parts of a stage's record that have a place of their own on the page.
-SHOWN_APART = {"curve", "stage", "method", "validations", "outcome", "candidates", "units"}
+SHOWN_APART = {"curve", "curves", "stage", "method", "validations", "outcome", "candidates", "units"}
 #: From here on the per-class table is longer than the confusion matrix is high.
 MANY_CLASSES = 15
 
@@ -55,7 +55,7 @@ def context(story: Story) -> dict[str, Any]:
     comparison = story.comparison
     final, baseline = comparison.reports[-1], comparison.reports[comparison.baseline]
     same_test = final is not baseline and final.labels == baseline.labels
-    curves = {n: r.details["curve"] for n, r in story.stages.items() if len(r.details.get("curve") or ()) > 1}
+    curves = _curves(story)
     validated = {n: r.details["validations"] for n, r in story.stages.items() if r.details.get("validations")}
     head, *rows = comparison.cells()
     return {
@@ -96,6 +96,14 @@ def context(story: Story) -> dict[str, Any]:
         "data": list(flatten({k: v for k, v in story.data.describe().items() if k != "class_names"})),
         "machine": list(flatten(story.environment)),
     }
+
+
+def _curves(story: Story) -> dict[str, Any]:
+    """Every training's curve by its name: of a stage, or of one of the trainings that a stage was made of."""
+    found = {name: record.details.get("curve") for name, record in story.stages.items()}
+    for record in story.stages.values():
+        found |= record.details.get("curves", {})
+    return {name: records for name, records in found.items() if records and len(records) > 1}
 
 
 def cards(final: Report, baseline: Report, ratio: Ratios) -> list[Card]:

@@ -15,6 +15,8 @@ BASELINE, STAGE, FINAL = "#98a2b3", "#5b8def", "#1d4ed8"
 LINES = ("#1d4ed8", "#d97706", "#0f9d6c", "#b42374", "#6d4bd1")
 #: What every training record has; whatever else is in it is a loss to draw.
 NOT_A_LOSS = {"step", "epoch", "lr", "grad_norm", "skipped"}
+#: Panels of curves in a row.
+PANELS = 4
 #: A confusion matrix with more classes has no room for its numbers.
 NUMBERED_CLASSES = 20
 
@@ -35,7 +37,7 @@ def stage_bars(reports: Sequence[Report], baseline: int) -> str:
 
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """One panel per training: every loss over the steps, faint as it was, strong smoothed."""
-    figure, axes = _figure(11.0, 2.7, columns=len(curves))
+    figure, axes = _panels(len(curves))
     for axis, (name, records) in zip(axes, curves.items(), strict=True):
         steps = [record["step"] for record in records]
         for color, key in zip(LINES, [key for key in records[0] if key not in NOT_A_LOSS], strict=False):
@@ -52,7 +54,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 def validation_curves(validations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """One panel per training: the guarded metric at every validation; a ring is a new best, a cross a rollback."""
-    figure, axes = _figure(11.0, 2.7, columns=len(validations))
+    figure, axes = _panels(len(validations))
     for axis, (name, entries) in zip(axes, validations.items(), strict=True):
         known = [entry for entry in entries if entry["value"] is not None]
         axis.plot([e["step"] for e in known], [e["value"] for e in known], ".-", color=LINES[0], linewidth=1.2)
@@ -193,13 +195,22 @@ def _latency_bars(axis: Any, reports: Sequence[Report], colors: Sequence[str]) -
     axis.set_xlim(0, 1.28 * limit)
 
 
-def _figure(width: float, height: float, *, columns: int) -> tuple[Any, list[Any]]:
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure of so many small panels, PANELS of them beside each other at most."""
+    rows = -(-count // PANELS)
+    figure, axes = _figure(11.0, 2.7 * rows, columns=min(count, PANELS), rows=rows)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
+
+
+def _figure(width: float, height: float, *, columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GRID)

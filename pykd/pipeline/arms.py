@@ -15,6 +15,7 @@ from pykd.distillation.chain import make_link, train_link
 from pykd.evaluation import evaluate, explanation_similarity, interleaved_latency
 from pykd.io.files import atomic_write, sha256
 from pykd.io.save import WEIGHTS, save_pretrained
+from pykd.pipeline.details import details_of
 from pykd.pipeline.directory import WORKERS, RunDirectory
 from pykd.pipeline.result import Measured, Run
 from pykd.pipeline.runner import TEACHER, Pipeline
@@ -132,7 +133,8 @@ class StudyPipeline(Pipeline):
         models = {"teacher": self.teacher, "now": model}
         timed = interleaved_latency(models, self.data.example(), rounds=self.recipe.evaluate.speed_rounds)
         report = report.with_speedup(self.measured[0].report.name, timed.speedup("now"))
-        details: dict[str, Any] = {"stage": "study", "method": arm.method, "student": arm.student}
+        trained = details_of(getattr(model, "pykd_report", ()))
+        details: dict[str, Any] = {**trained, "stage": "study", "method": arm.method, "student": arm.student}
         explain = (self.recipe.study or Study()).explain
         if explain and self.data.task == "classification":
             similar = explanation_similarity(model, self.teacher, self.data, examples=explain)

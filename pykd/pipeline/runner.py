@@ -16,12 +16,14 @@ from typing import Any
 from torch import nn
 
 from pykd.data import DataBundle
+from pykd.distillation.chain import link_name
 from pykd.errors import ArtifactError, PykdError, RecipeError
 from pykd.evaluation import evaluate, interleaved_latency
 from pykd.io.files import sha256
 from pykd.io.load import from_pretrained
 from pykd.io.save import WEIGHTS, save_pretrained
 from pykd.models.adapter import origin
+from pykd.pipeline.details import curves_of, details_of
 from pykd.pipeline.directory import RunDirectory
 from pykd.pipeline.monitor import EVENTS
 from pykd.pipeline.reload import Reload, check_reload
@@ -164,7 +166,8 @@ class Pipeline:
         seconds = time.perf_counter() - began
         report = evaluate(model, self.data, name=self.labels[name], path=folder, **self.measuring())
         if source is not None:
-            models = {"teacher": self.teacher, "before": self.load(source), "now": model}
+            before = self.load(source)
+            models = {"teacher": self.teacher, "before": before, "now": model}
             timed = interleaved_latency(models, self.data.example(), rounds=self.recipe.evaluate.speed_rounds)
             previous = self.measured[-1].report
             report = report.with_speedup(previous.name, timed.speedup("now", baseline="before"))
@@ -172,8 +175,15 @@ class Pipeline:
             logger.info("%s", progress_line(report, previous))
         else:
             logger.info("%s: %s, %.2f MB", report.name, report.headline(), report.size_bytes / 1e6)
-        details = dict((getattr(model, "pykd_report", None) or [{}])[-1])
-        made_new = name == self.names[0] and self.recipe.student is not None
+        made_new = name == self.names[0] and (self.recipe.student is not None or name.endswith("-chain"))
+        records = getattr(model, "pykd_report", ())
+        known = len(records) - 1 if source is None else 0 if made_new else len(getattr(before, "pykd_report", ()))
+        details = details_of(records, known)
+        if "links" in details:  # of a chain: every training of every arm, where there would be that of the last student
+            details["curves"] = curves_of(
+                self.directory.path / EVENTS, [link_name(each["student"], each["arm"]) for each in details["links"]]
+            )
+            details.pop("curve", None)
         if source is not None and name.endswith("-prune") and not made_new:
             touched = tensor_bytes(source, folder, details.get("changed", ()))
             details["tensor_bytes"] = None if touched is None else touched._asdict()

@@ -80,7 +80,7 @@ def _distill(settings: Any, model: nn.Module, context: Context) -> nn.Module:
 def _chain(settings: Any, model: nn.Module, context: Context) -> nn.Module:
     assert isinstance(settings, Chain)
     options = link_options(settings, context)
-    for name in ("checkpoint_dir", "resume", "label", "log_file"):
+    for name in ("checkpoint_dir", "resume", "label"):
         del options[name]
     made = distill_chain(
         context.teacher,

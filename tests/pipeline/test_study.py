@@ -48,6 +48,8 @@ def test_every_student_of_every_arm_is_saved_measured_and_ranked(done: tuple[Pat
     assert written["recommended"] == found.ranking[0].name and len(written["ranking"]) == 5
     assert found.recommendation() in found.summary() and "lost / won" not in found.summary()
     assert not found.run.comparison.remarks, "students were not made from one another"
+    assert all(len(entry.details["curve"]) == 4 and entry.details["parameters"]["max_steps"] == 4
+               for entry in found.run.measured[1:])  # fmt: skip
 
 
 def test_a_finished_study_is_read_back(

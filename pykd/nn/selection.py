@@ -103,10 +103,12 @@ def layers_of(model: nn.Module, kinds: Collection[type[nn.Module]]) -> dict[str,
     return {name: module for name, module in model.named_modules() if any(isinstance(module, kind) for kind in kinds)}
 
 
-def uncovered(model: nn.Module, kinds: Collection[type[nn.Module]], least_bytes: int = 0) -> dict[str, str]:
+def uncovered(
+    model: nn.Module, kinds: Collection[type[nn.Module]], least_bytes: int = 0, *, form: str = "packed"
+) -> dict[str, str]:
     """Modules of no class in `kinds` that hold more than `least_bytes` of weights themselves, and why they stay.
 
-    Weights are parameters of two dimensions or more.
+    Weights are parameters of two dimensions or more. form: what there is none of, in the sentence.
 
     >>> uncovered(nn.Sequential(nn.Conv1d(4, 4, 3), nn.LayerNorm(4), nn.Linear(4, 4)), LINEAR)
     {'0': 'no packed form of Conv1d'}
@@ -115,7 +117,7 @@ def uncovered(model: nn.Module, kinds: Collection[type[nn.Module]], least_bytes:
     for name, module in model.named_modules():
         size = sum(parameter.nbytes for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
         if size > least_bytes and not isinstance(module, tuple(kinds)):
-            found[name] = f"no packed form of {type(module).__name__}"
+            found[name] = f"no {form} form of {type(module).__name__}"
     return found
 
 

@@ -19,7 +19,17 @@ from pykd.nn.importance import (
     pooled,
     unpooled,
 )
-from pykd.nn.selection import CONVOLUTION, LINEAR, Selection, as_linear, replace_layer, select_layers, transposed
+from pykd.nn.selection import (
+    CONVOLUTION,
+    EMBEDDING,
+    LINEAR,
+    Selection,
+    as_linear,
+    replace_layer,
+    select_layers,
+    transposed,
+    uncovered,
+)
 from pykd.nn.sparse_conv import SparseConv2d
 from pykd.nn.sparse_linear import SparseLinear
 from pykd.pruning.outcome import Outcome, Request
@@ -39,7 +49,8 @@ def select_weights(
     """The layers whose weights may go, in module order; ``others``: classes of layers beside the usual ones.
 
     By default those of a transformer's attention and feed-forward blocks, so neither embeddings nor poolers nor heads,
-    and of other networks all but the output head. Layers whose rows a pattern does not divide are left out.
+    and of other networks all but the output head. Layers whose rows a pattern does not divide are left out. What else
+    holds a hundredth of the weights there, such as experts in one tensor, is named with the layers left alone.
     """
     kinds = (*LINEAR, *CONVOLUTION, *transposed(), *others)
     selection = select_layers(model, kinds, include=include, exclude=exclude)
@@ -59,6 +70,10 @@ def select_weights(
     if not selection.chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(selection.skipped.items())[:3])
         raise ValueError(f"no layer of {type(model).__name__} is left to prune ({why}): widen include")
+    if include is None:
+        share = sum(parameter.nbytes for parameter in model.parameters()) // 100
+        left = uncovered(model, (*kinds, *EMBEDDING), share, form="sparse")
+        selection.skipped.update((name, why) for name, why in left.items() if not stacks or name.startswith(stacks))
     return selection
 
 

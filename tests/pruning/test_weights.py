@@ -379,3 +379,14 @@ def test_patch_embeddings_of_torchvision_stay() -> None:
     entry: Any = model.pykd_report[0]
     assert list(entry["changed"]) == [f"encoder.layers.encoder_layer_0.mlp.{index}" for index in (0, 3)]
     assert entry["skipped"]["conv_proj"] == "embeds the patches of a transformer"
+    attention = "encoder.layers.encoder_layer_0.self_attention"
+    assert entry["skipped"][attention] == "no sparse form of MultiheadAttention"
+
+
+def test_experts_in_one_tensor_are_named() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = prune(MixtralForCausalLM(MixtralConfig(**COMMON, num_key_value_heads=1, num_local_experts=2)))
+    entry: Any = model.pykd_report[0]
+    assert {name.rpartition(".")[2] for name in entry["changed"]} == {f"{x}_proj" for x in "qkvo"}
+    assert entry["skipped"]["model.layers.0.mlp.experts"] == "no sparse form of MixtralExperts"

@@ -65,7 +65,7 @@ def _text(data: DataBundle, index: int) -> str:
 
 
 def classification_validator(data: DataBundle, *, batch_size: int = 64) -> Callable[[nn.Module], dict[str, Any]]:
-    """validate(model) for a classifier: accuracy and macro precision, recall, F1 on the test split of ``data``.
+    """validate(model) for a classifier: accuracy, macro precision, recall, F1 and score on the test split of ``data``.
 
     The result also has ``wrong``, the numbers of the examples it got wrong, and ``examples``, those it was surest of.
 
@@ -92,7 +92,8 @@ def classification_validator(data: DataBundle, *, batch_size: int = 64) -> Calla
             }
             for index in worst
         ]
-        names = ("accuracy", "precision", "recall", "f1")
-        return {name: getattr(scored, name) for name in names} | {"wrong": wrong, "examples": examples}
+        metrics = {name: getattr(scored, name) for name in ("accuracy", "precision", "recall", "f1")}
+        score, _ = quality_score(metrics, WEIGHTS[data.task])
+        return metrics | {"score": score, "wrong": wrong, "examples": examples}
 
     return validate

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
+from pykd.evaluation import plots
 from pykd.evaluation.comparison import ratios
 from pykd.evaluation.page import cards, data_uri, flatten, plain
 from pykd.evaluation.plots import confusion_heatmap, smoothed, stage_bars
@@ -51,3 +53,16 @@ def test_dollar_signs_in_a_name_are_no_formula() -> None:
     drawn = confusion_heatmap(dataclasses.replace(make_report(), class_names=names))
     assert all(f"<!-- {name} -->" in drawn for name in names)
     assert "$\\x{$" in stage_bars([make_report("$\\x{$")], 0)
+
+
+def test_many_trainings_have_panels_in_several_rows() -> None:
+    def size(trainings: int) -> tuple[float, float]:
+        curves = {
+            f"arm {n}": [{"step": float(step), "loss": 1.0 / step} for step in (1, 2, 3)] for n in range(trainings)
+        }
+        found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', plots.training_curves(curves))
+        assert found is not None
+        return float(found[1]), float(found[2])
+
+    (width, height), (same, tall) = size(plots.PANELS), size(2 * plots.PANELS + 1)
+    assert width == same and tall == pytest.approx(3 * height)

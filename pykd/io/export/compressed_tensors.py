@@ -63,7 +63,8 @@ def write(model: nn.Module, folder: Path, checked: Sequence[Any]) -> dict[str, A
     rest = [n for n, m in dense.named_modules() if isinstance(m, nn.Linear) and n not in layers]
     config = copy.deepcopy(dense.config)
     config.architectures, config.dtype = [type(dense).__name__], str(dense.dtype).removeprefix("torch.")
-    config.quantization_config = quantization_config(next(iter(layers.values())), rest)
+    told = max(layers.values(), key=lambda layer: _groups(layer)[1])  # of one that has groups, if any has
+    config.quantization_config = quantization_config(told, rest)
     config.save_pretrained(folder)
     if dense.can_generate():
         dense.generation_config.save_pretrained(folder)
@@ -79,6 +80,8 @@ def write(model: nn.Module, folder: Path, checked: Sequence[Any]) -> dict[str, A
 def _layers(model: nn.Module) -> dict[str, Packed]:
     """The layers that are written packed, all of one kind."""
     found: dict[str, Packed] = {}
+    grouped = (_groups(module) for module in model.modules() if isinstance(module, (Linear4bit, Linear8bit)))
+    group = next((size for size, number in grouped if number > 1), None)
     for name, module in model.named_modules():
         if isinstance(module, (SparseLinear, CompressedConv2d)):
             kind = "a convolution" if isinstance(module, CompressedConv2d) else "a sparse layer"
@@ -93,8 +96,9 @@ def _layers(model: nn.Module) -> dict[str, Packed]:
         if number > 1 and module.columns % size:
             raise _refusal(name, f"in groups of {size}, of which the last of its {module.columns} inputs is shorter")
         first = next(iter(found.values()), module)
-        if _kind(module) != _kind(first):
-            raise _refusal(name, f"{_kind(module)}, where the layers before are {_kind(first)}: one kind a folder")
+        kind, before = _kind(module, group), _kind(first, group)
+        if kind != before:
+            raise _refusal(name, f"{kind}, where the layers before are {before}: one kind a folder")
         found[name] = module
     if not found:
         raise ArtifactError(
@@ -111,10 +115,11 @@ def _groups(layer: Packed) -> tuple[int, int]:
     return groups.size, groups.number
 
 
-def _kind(layer: Packed) -> str:
+def _kind(layer: Packed, group: int | None) -> str:
+    """group: the size of the groups where layers have several; a row that one such group fills counts to them."""
     size, number = _groups(layer)
     symmetric = "" if getattr(layer, "symmetric", True) else ", asymmetric"
-    return f"{layer.scheme}, {f'groups of {size}' if number > 1 else 'a scale per output'}{symmetric}"
+    return f"{layer.scheme}, {f'groups of {size}' if number > 1 or size == group else 'a scale per output'}{symmetric}"
 
 
 def quantization_config(layer: Packed, dense: list[str]) -> dict[str, Any]:

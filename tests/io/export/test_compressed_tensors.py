@@ -95,6 +95,14 @@ def test_static_scales_stand_beside_the_weights(tmp_path: Path) -> None:
     assert (scale.item(), zero.item()) == (pytest.approx(layer.static.scale), layer.static.zero)
 
 
+def test_a_row_that_one_group_fills_is_of_the_kind_of_the_others(tmp_path: Path) -> None:
+    """As behind the heads that pruning leaves."""
+    model = pykd.prune(tiny_llama(), "heads", 0.5)
+    assert model.model.layers[0].self_attn.o_proj.in_features == 32
+    pykd.quantize(model, scheme="w4a16", group_size=32)
+    assert pykd.export(model, tmp_path / "model", format="compressed-tensors")["check"]["layers"] == 7
+
+
 def test_pruned_layers_are_written_with_their_zeros_and_it_is_said(tmp_path: Path) -> None:
     model = tiny_llama()
     pykd.quantize(pykd.prune(model, pattern="2:4"), scheme="w8a8")

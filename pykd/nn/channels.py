@@ -130,9 +130,13 @@ def _graph(model: nn.Module, example: Example) -> Any:
         with torch.enable_grad():
             return torch_pruning.DependencyGraph().build_dependency(model, example, forward_fn=_logits, verbose=False)
     except Exception as error:
+        instead = "it runs on the example, but Torch-Pruning does not know all that it does; use method='magnitude'"
+        try:
+            _run(model, example)
+        except ValueError:
+            instead = "pass an example that the model accepts, or prune it with method='magnitude'"
         raise ValueError(
-            f"cannot follow the channels of {type(model).__name__} from layer to layer ({error!r}): "
-            "pass an example that the model accepts, or prune it with method='magnitude'"
+            f"cannot follow the channels of {type(model).__name__} from layer to layer ({error!r}): {instead}"
         ) from error
     finally:
         for parameter in frozen:

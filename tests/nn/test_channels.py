@@ -97,9 +97,16 @@ def test_group_magnitude_is_the_mean_of_shares() -> None:
 def test_a_model_that_cannot_be_followed_is_refused_untouched() -> None:
     model = residual()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="cannot follow the channels of Residual"):
+    with pytest.raises(ValueError, match=r"cannot follow the channels of Residual .*: pass an example that the model"):
         channels.remove_channels(model, torch.zeros(1, 4, 8, 8), 0.5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_torch_pruning_cannot_follow_is_not_blamed_on_the_example() -> None:
+    from torchvision.models import shufflenet_v2_x0_5
+
+    with pytest.raises(ValueError, match="it runs on the example, but Torch-Pruning does not know all that it does"):
+        channels.remove_channels(shufflenet_v2_x0_5(num_classes=3), torch.zeros(1, 3, 32, 32), 0.5)
 
 
 class Fixed(nn.Module):

@@ -20,6 +20,7 @@ from pykd.ops.int4_r16 import (
     PAD_CODE,
     dequantize,
     groups_of,
+    holds_zero,
     pack_nibbles,
     pack_r16,
     table_of,
@@ -196,6 +197,8 @@ class Weight4bit(CompressedModule):
 
     def _kept(self, tensors: FourBit) -> Tensor:
         """bool [rows, columns]: the weights whose code does not stand for 0.0."""
+        if not holds_zero(self.code):
+            return torch.ones(self.rows, self.columns, dtype=torch.bool, device=tensors.scales.device)
         return unpack_nibbles(tensors.qweight, self.columns) != self._zero_codes(tensors.zeros).to(
             tensors.scales.device
         )
@@ -204,6 +207,8 @@ class Weight4bit(CompressedModule):
         """The code of 0.0: one for all, or per weight where zero points differ."""
         if zeros is None:
             table = table_of(self.code)
+            if not holds_zero(self.code):
+                raise ValueError(f"{self.code!r} has no 0.0 for pruned weights: the tensors are damaged")
             code = PAD_CODE if table is None else table.index(0.0)
             return torch.tensor(code, dtype=torch.uint8)
         groups = groups_of(self.columns, self.group_size)

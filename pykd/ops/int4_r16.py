@@ -49,17 +49,17 @@ PAD_CODE = 8
 def codebook_code(table: Sequence[float]) -> str:
     """The name of a code of your own, weight = table[code] * scale: "codebook:" and the numbers as float32 holds them.
 
-    Raises ValueError unless the table has 16 finite numbers, one of them 0.0 (weights that are zero must stay so), some
-    below and some above it.
+    Without 0.0 among them a table has no code for a weight that was pruned: such weights are refused where they are
+    quantized. Raises ValueError unless the table has 16 finite numbers, some below and some above 0.
 
     >>> codebook_code([k / 8 - 1 for k in range(16)])[:29]
     'codebook:-1.0,-0.875,-0.75,-0'
     """
     values: list[float] = torch.tensor([float(value) for value in table], device="cpu").tolist()  # not on "meta"
     finite = len(values) == 16 and all(map(math.isfinite, values))
-    if not finite or 0.0 not in values or not min(values) < 0 < max(values):
+    if not finite or not min(values) < 0 < max(values):
         raise ValueError(
-            f"a codebook has 16 finite numbers with 0.0 among them and some on both sides of it, got {len(values)}: "
+            f"a codebook has 16 finite numbers, some below and some above 0, got {len(values)}: "
             f"{', '.join(f'{value:g}' for value in values[:16])}"
         )
     return CODEBOOK + ",".join(str(value) for value in values)
@@ -81,6 +81,16 @@ def table_of(code: str) -> tuple[float, ...] | None:
         return tuple(values)
     code_number(code)
     return CODEBOOKS.get(code)
+
+
+def holds_zero(code: str) -> bool:
+    """Whether a weight can be exactly zero under any scale: false for tables without 0.0.
+
+    >>> holds_zero("int4"), holds_zero(codebook_code([k / 8 - 0.95 for k in range(16)]))
+    (True, False)
+    """
+    table = table_of(code)
+    return table is None or 0.0 in table
 
 
 def code_number(code: str) -> int:

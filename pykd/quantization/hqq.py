@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pykd.calibration.inputs import Inputs
-from pykd.nn.codecs.four_bit import FourBit, Scales, nearest_levels, quantize_4bit, split_groups
+from pykd.nn.codecs.four_bit import FourBit, Scales, counted_levels, quantize_4bit, split_groups
 from pykd.quantization.grid import Grid
 
 
@@ -78,14 +78,14 @@ def _apart(scales: Scales) -> Scales:
 
 def _norm(groups: Tensor, scales: Scales, code: str, norm: float) -> Tensor:
     """sum |w - q(w)|^norm of every group, [..., groups, 1]."""
-    rounded = nearest_levels(groups, *scales, code=code) * scales[0]
+    rounded = counted_levels(groups, *scales, code) * scales[0]
     return (groups - rounded).abs_().pow_(norm).sum(dim=-1, keepdim=True)
 
 
 def _turn(groups: Tensor, scales: Scales, code: str, norm: float, beta: float) -> Scales:
     """One turn: the auxiliary error, then zero point and scale fitted to the weights without it."""
     scale, zero = scales
-    levels = nearest_levels(groups, scale, zero, code=code)
+    levels = counted_levels(groups, scale, zero, code)
     steps = torch.where(scale == 0, 0.0, groups / scale)
     error = steps - levels
     size = error.abs()

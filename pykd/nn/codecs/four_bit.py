@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykd.ops.int4_r16 import dequantize, groups_of, pack_nibbles, table_of
+from pykd.ops.int4_r16 import dequantize, groups_of, holds_zero, pack_nibbles, table_of
 
 #: Shares of a group's extremes that searches by importance try as the ends of the grid.
 SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
@@ -36,7 +36,8 @@ def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -
     Weights that are exactly zero stay so under every code. Codes are chosen for the scale as stored, float16.
 
     Raises ValueError for an unknown code, a weight that is not a non-empty matrix, NaN or infinite weights, weights
-    whose scale float16 cannot hold, and a group size below 1.
+    whose scale float16 cannot hold, a group size below 1, and zeros among other weights of a group under a table that
+    has no 0.0.
 
     >>> w = torch.tensor([[0.7, 0.0, -0.35]])
     >>> dequantize_4bit(quantize_4bit(w, group_size=32), code="int4", in_features=3, group_size=32)
@@ -45,6 +46,11 @@ def quantize_4bit(weight: Tensor, *, code: str = "int4", group_size: int = 32) -
     _check(weight, code, group_size)
     groups = split_groups(weight.detach().float(), group_size)
     scale, zero = fitted_scales(groups, code)
+    if not holds_zero(code) and bool(((groups == 0) & (scale != 0)).flatten(1)[:, : weight.shape[1]].any()):
+        raise ValueError(
+            "the weight holds zeros, which a codebook without 0.0 cannot keep: put 0.0 into the table, or take another "
+            "scheme for pruned layers"
+        )
     levels = nearest_levels(groups, scale, zero, code=code).flatten(1)[:, : weight.shape[1]]
     zeros = None if zero is None else zero.squeeze(2)
     return from_levels(levels, scale.squeeze(2), zeros, code=code, group_size=group_size)
@@ -73,6 +79,12 @@ def nearest_levels(values: Tensor, scale: Tensor, zero: Tensor | None = None, *,
     if zero is None:
         return steps.round_().clamp_(-8, 7)
     return (steps.round_() + zero).clamp_(0, 15) - zero
+
+
+def counted_levels(groups: Tensor, scale: Tensor, zero: Tensor | None, code: str) -> Tensor:
+    """`nearest_levels` of groups [..., groups, size]; 0 where the last group was filled up, whatever the table."""
+    levels = nearest_levels(groups, scale, zero, code=code)
+    return levels if holds_zero(code) else levels.mul_(groups != 0)
 
 
 def from_levels(levels: Tensor, scales: Tensor, zeros: Tensor | None, *, code: str, group_size: int) -> FourBit:
@@ -129,7 +141,7 @@ def best_scales(groups: Tensor, candidates: Iterable[Scales], *, code: str, impo
     best: Scales | None = None
     best_error = groups.new_full((*groups.shape[:-1], 1), torch.inf)
     for scale, zero in candidates:
-        difference = nearest_levels(groups, scale, zero, code=code).mul_(scale).sub_(groups).square_()
+        difference = counted_levels(groups, scale, zero, code).mul_(scale).sub_(groups).square_()
         error = (difference if importance is None else difference.mul_(importance)).sum(dim=-1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -152,7 +164,7 @@ def fitted_scales(groups: Tensor, code: str) -> Scales:
     least = groups.new_full((*groups.shape[:-1], 1), torch.inf)
     for scale, zero in _starts(groups, code):
         for turn in range(FITS + 1):
-            levels = nearest_levels(groups, scale, zero, code=code)
+            levels = counted_levels(groups, scale, zero, code)
             error = (levels * scale).sub_(groups).square_().sum(dim=-1, keepdim=True)
             better = error < least
             least = torch.where(better, error, least)

@@ -3,8 +3,10 @@
 Each case is checked first against float64 with the weights that the layer stands for. What is timed is a CUDA graph of
 one call for every copy of the weight, so that the host's time between kernels does not count; `extra_info` holds the
 time of one call there and by itself (`call_us`), the largest error over the sum of magnitudes, the bytes of one weight
-and the bandwidth they imply, also as a share of that of a copy measured beside it. PYKD_BENCH=small runs the smallest
-shape once. bitsandbytes and gemlite are measured where they are installed.
+and the bandwidth they imply, also as a share of that of a copy measured beside it. Two routes for many rows are timed
+by themselves too ("triton": tiles that decode as they multiply; "dense": the weight written out for cuBLAS), so
+that the rows from which the second wins can be read off; `route` says which one "pykd" takes. PYKD_BENCH=small runs the
+smallest shape once. bitsandbytes and gemlite are measured where they are installed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from gpu_timing import captured, copy_bytes_per_s, gpu_seconds
 from torch import Tensor
 
 from pykd.nn.codecs.four_bit import quantize_4bit
-from pykd.ops.int4_r16 import dequantize, unpack_nibbles
+from pykd.ops import linear_4bit_gpu
+from pykd.ops.dispatch import cuda_library, triton_available
+from pykd.ops.int4_r16 import codebook, dequantize, unpack_nibbles
 from pykd.ops.linear_4bit import linear_4bit
 
 SMALL = os.environ.get("PYKD_BENCH") == "small"
@@ -35,6 +39,12 @@ ROUNDS = 2 if SMALL else 15
 PEERS = ["pykd int4", "pykd uint4", "pykd nf4", "torch bf16"]
 PEERS += [f"{name} {code}" for name, code in (("bitsandbytes", "nf4"), ("gemlite", "int4"))
           if importlib.util.find_spec(name) is not None]  # fmt: skip
+
+#: Rows around the limits of `linear_4bit_gpu.choose`, and the two routes on either side of them.
+CROSSING = {"int4": [33], "nf4": [33]} if SMALL else {"int4": [64, 128, 192, 256], "nf4": [16, 32, 64]}
+CASES = [(rows, peer) for rows in ROWS for peer in PEERS]
+if triton_available():
+    CASES += [(n, f"{route} {code}") for code, rows in CROSSING.items() for n in rows for route in ("triton", "dense")]
 
 #: (make one copy of the layer, call it on x, bytes of its weight, the float weight that it stands for)
 Layer = tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor], int, Tensor]
@@ -53,9 +63,17 @@ def layer_of(peer: str, weight: Tensor) -> Layer:
     if name == "gemlite":
         return _gemlite(unpack_nibbles(tensors.qweight, weight.shape[1]), tensors.scales), _call, size, dense
 
+    table = codebook(code, weight.device)
+
     def call(layer: Any, x: Tensor) -> Tensor:
         qweight, scales, zeros = layer
-        return linear_4bit(x, qweight, scales, zeros=zeros, code=code, group_size=GROUP)
+        if name == "pykd":
+            return linear_4bit(x, qweight, scales, zeros=zeros, code=code, group_size=GROUP)
+        if name == "dense":
+            return linear_4bit_gpu.dense(x, qweight, scales, zeros, table, None, code, GROUP)
+        tiles = importlib.import_module("pykd.kernels.linear_4bit")
+        result: Tensor = tiles.linear_4bit(x, qweight, scales, zeros, table, None, code=code, group_size=GROUP)
+        return result
 
     return lambda: [None if tensor is None else tensor.clone() for tensor in tensors], call, size, dense
 
@@ -92,6 +110,15 @@ def _gemlite(codes: Tensor, scales: Tensor) -> Callable[[], Any]:
     return make
 
 
+def route_of(peer: str, rows: int) -> str:
+    """The implementation that a peer's call takes."""
+    name, code = peer.split()
+    if name != "pykd":
+        return name
+    there = {"library": cuda_library() is not None, "triton": triton_available()}
+    return linear_4bit_gpu.choose(rows, torch.bfloat16, code, GROUP, **there)
+
+
 def check(x: Tensor, got: Tensor, weight: Tensor) -> float:
     """Largest error over the sum of magnitudes; within the rounding of bfloat16."""
     exact = F.linear(x.double(), weight.double())
@@ -102,8 +129,7 @@ def check(x: Tensor, got: Tensor, weight: Tensor) -> float:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "peer"), CASES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_linear_4bit_gpu(benchmark: Any, shape: tuple[int, int], rows: int, peer: str) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
@@ -125,6 +151,7 @@ def bench_linear_4bit_gpu(benchmark: Any, shape: tuple[int, int], rows: int, pee
     each_s = statistics.median(gpu_seconds(replay) for _ in range(ROUNDS)) / len(layers)
     limit = copy_bytes_per_s(torch.empty(ROTATION_BYTES, dtype=torch.uint8, device="cuda"), ROUNDS)
     benchmark.extra_info.update(
+        route=route_of(peer, rows),
         graph_us=each_s * 1e6,
         call_us=alone_s * 1e6,
         relative_error=error,

@@ -1,4 +1,5 @@
-"""y = x W^T + bias over a canonical 4-bit weight (pykd/ops/int4_r16.py): a tiled Triton kernel, any number of rows."""
+"""Triton kernels over a canonical 4-bit weight W (pykd/ops/int4_r16.py): y = x W^T + bias by tiles, any number of rows;
+and W itself written out, for a product by cuBLAS."""
 
 from __future__ import annotations
 
@@ -9,6 +10,32 @@ from torch import Tensor
 
 #: What a code means: (code - 8), (code - zero), table[code].
 KINDS = {"int4": 0, "uint4": 1}
+#: Inputs per block of a tile in either kernel.
+BLOCK_K, DENSE_BLOCK_K = 32, 64
+
+
+@triton.jit
+def _values(
+    codes_rows,  # pointers to the codes of rows of W
+    zero_rows,  # pointers to the zero points of these rows, for uint4
+    table_ptr,  # [16] float32, for a codebook
+    k,  # inputs
+    group,  # their groups, or the one group of them all
+    inside,  # which of rows x inputs exist
+    group_inside,  # the same for rows x groups
+    KIND: tl.constexpr,
+):
+    """What the codes mean before their scale, in float32."""
+    byte = tl.load(codes_rows + k // 2, mask=inside, other=0).to(tl.int32)
+    code = (byte >> ((k % 2) * 4)) & 15
+    if KIND == 0:
+        value = (code - 8).to(tl.float32)
+    elif KIND == 1:
+        pair = tl.load(zero_rows + group // 2, mask=group_inside, other=0).to(tl.int32)
+        value = (code - ((pair >> ((group % 2) * 4)) & 15)).to(tl.float32)
+    else:
+        value = tl.load(table_ptr + code)
+    return value
 
 
 @triton.jit
@@ -46,26 +73,99 @@ def _linear_4bit(
         k_in = k < in_features
         inside = k_in[:, None] & n_in[None, :]
         x = tl.load(x_rows + k[None, :], mask=m_in[:, None] & k_in[None, :], other=0.0)
-        byte = tl.load(codes_rows + (k // 2)[:, None], mask=inside, other=0).to(tl.int32)
-        code = (byte >> ((k % 2) * 4)[:, None]) & 15
-        group = (k // GROUP)[:, None]
-        if KIND == 0:
-            weight = (code - 8).to(tl.float32)
-        elif KIND == 1:
-            pair = tl.load(zero_rows + group // 2, mask=inside, other=0).to(tl.int32)
-            weight = (code - ((pair >> ((group % 2) * 4)) & 15)).to(tl.float32)
-        else:
-            weight = tl.load(table_ptr + code)
         if FOLD:  # small integers are exact in every dtype: multiply on the tensor cores, scale in float32
-            scale = tl.load(scale_rows + start // GROUP, mask=n_in[None, :], other=0.0).to(tl.float32)
+            group = start // GROUP
+            weight = _values(codes_rows, zero_rows, table_ptr, k[:, None], group, inside, n_in[None, :], KIND)
+            scale = tl.load(scale_rows + group, mask=n_in[None, :], other=0.0).to(tl.float32)
             total += tl.dot(x, weight.to(x.dtype), input_precision="ieee") * scale
         else:
-            scale = tl.load(scale_rows + group, mask=inside, other=0.0).to(tl.float32)
+            groups_k = (k // GROUP)[:, None]
+            weight = _values(codes_rows, zero_rows, table_ptr, k[:, None], groups_k, inside, inside, KIND)
+            scale = tl.load(scale_rows + groups_k, mask=inside, other=0.0).to(tl.float32)
             total += tl.dot(x.to(tl.float32), weight * scale, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=n_in, other=0.0)[None, :]
     y = y_ptr + m[:, None].to(tl.int64) * out_features + n[None, :]
     tl.store(y, total.to(y_ptr.dtype.element_ty), mask=m_in[:, None] & n_in[None, :])
+
+
+@triton.jit
+def _dequantize(
+    qweight_ptr,  # as in _linear_4bit, like the next three
+    scales_ptr,
+    zeros_ptr,
+    table_ptr,
+    weight_ptr,  # [out_features, in_features] float32, bfloat16 or float16
+    out_features,
+    in_features,
+    groups,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    ONE_GROUP: tl.constexpr,  # a block of k is in one group: its scale and zero point are read once a row
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    start = tl.program_id(1) * BLOCK_K
+    k = (start + tl.arange(0, BLOCK_K))[None, :]
+    n_in = n < out_features
+    inside = n_in & (k < in_features)
+    codes_rows = qweight_ptr + n.to(tl.int64) * ((in_features + 1) // 2)
+    scale_rows = scales_ptr + n.to(tl.int64) * groups
+    zero_rows = zeros_ptr + n.to(tl.int64) * ((groups + 1) // 2)
+    if ONE_GROUP:
+        group = start // GROUP
+        value = _values(codes_rows, zero_rows, table_ptr, k, group, inside, n_in, KIND)
+        scale = tl.load(scale_rows + group, mask=n_in, other=0.0)
+    else:
+        groups_k = k // GROUP
+        value = _values(codes_rows, zero_rows, table_ptr, k, groups_k, inside, inside, KIND)
+        scale = tl.load(scale_rows + groups_k, mask=inside, other=0.0)
+    weight = weight_ptr + n.to(tl.int64) * in_features + k
+    tl.store(weight, (value * scale.to(tl.float32)).to(weight_ptr.dtype.element_ty), mask=inside)
+
+
+def multiplies_codes(code: str, group_size: int) -> bool:
+    """Whether `linear_4bit` multiplies the codes themselves, in x's dtype, and scales sums; else it is all float32."""
+    return code in KINDS and group_size % BLOCK_K == 0
+
+
+def dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    code: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """The dense weight [out_features, in_features], computed in float32 and rounded once to `dtype`, in one pass.
+
+    Reads the packed weight once and writes 2 or 4 bytes a weight.
+    """
+    out_features, groups = scales.shape
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=qweight.device)
+    if weight.numel() == 0:
+        return weight
+    grid = (triton.cdiv(out_features, 64), triton.cdiv(in_features, DENSE_BLOCK_K))
+    _dequantize[grid](
+        qweight,
+        scales,
+        qweight if zeros is None else zeros,
+        scales if table is None else table,
+        weight,
+        out_features,
+        in_features,
+        groups,
+        GROUP=group_size,
+        KIND=KINDS.get(code, 2),
+        ONE_GROUP=group_size % DENSE_BLOCK_K == 0,
+        BLOCK_N=64,
+        BLOCK_K=DENSE_BLOCK_K,
+    )
+    return weight
 
 
 def linear_4bit(
@@ -89,7 +189,6 @@ def linear_4bit(
     # Triton's interpreter (tensors on the CPU) multiplies bfloat16 bit patterns as integers: float32 there.
     tensor_cores = x.is_cuda or x.dtype != torch.bfloat16
     block_m = min(max(triton.next_power_of_2(rows), 16), 64)
-    block_k = 32
     grid = (triton.cdiv(rows, block_m), triton.cdiv(out_features, 64))
     _linear_4bit[grid](
         x,
@@ -107,9 +206,9 @@ def linear_4bit(
         GROUP=group_size,
         KIND=kind,
         HAS_BIAS=bias is not None,
-        FOLD=kind != 2 and group_size % block_k == 0 and tensor_cores,
+        FOLD=multiplies_codes(code, group_size) and tensor_cores,
         BLOCK_M=block_m,
         BLOCK_N=64,
-        BLOCK_K=block_k,
+        BLOCK_K=BLOCK_K,
     )
     return y

@@ -21,7 +21,19 @@ TABLE.extend(
         Route("linear_4bit", "cpu", "int4_r16 layout; float32, bfloat16, float16", "native kernel, any number of rows"),
         Route("linear_4bit", "cpu", "canonical layout, float64, or no native module", "reference"),
         Route("linear_4bit", "cuda", "1-8 rows", "CUDA kernel, else Triton, else reference"),
-        Route("linear_4bit", "cuda", "9 rows and more", "Triton, else CUDA kernel, else reference"),
+        Route(
+            "linear_4bit",
+            "cuda",
+            f"9-{linear_4bit_gpu.TENSOR_CORE_ROWS} rows; 9-{linear_4bit_gpu.FLOAT32_ROWS} for codebooks, float32, and "
+            "groups that are no multiple of 32",
+            "Triton, else CUDA kernel, else reference",
+        ),
+        Route(
+            "linear_4bit",
+            "cuda",
+            "more rows",
+            "Triton writes the weight in x's dtype for cuBLAS, else CUDA kernel, else reference",
+        ),
         Route("linear_4bit", "cuda", "inputs int8", "as for float32, with the rounded inputs"),
         Route("linear_4bit", "cuda", "float64", "reference"),
     ]
@@ -54,7 +66,10 @@ def linear_4bit(
 
     int4: W = (q - 8) * scale; uint4: (q - zero) * scale; nf4 and fp4: table[q] * scale, one scale per group of
     `group_size` consecutive inputs of a row. With `inputs="keep"` the weight is dequantized exactly and products are
-    summed in float32; the result has x's dtype, whatever that is: nothing is rounded to a smaller type on the way.
+    summed in float32; the result has x's dtype, whatever that is: nothing is rounded to a smaller type on the way. One
+    exception: on an NVIDIA GPU, calls with many rows (`build_info()["table"]`) round the dequantized weight and the
+    bias once to x's dtype, as a dense layer of that dtype holds them, and need memory for that weight during the call
+    (see `pykd.ops.linear_4bit_gpu.dense`).
 
     With `inputs="int8"`, y = sum over groups g of (sum over k in g of x_q (q - zero)) * x_scale_g * scale_g, + bias,
     where x_scale_g = absmax / 127 of the group of the row of x, and x_q = x / x_scale_g to the nearest integer, ties to

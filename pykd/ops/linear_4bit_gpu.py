@@ -1,4 +1,5 @@
-"""The op `linear_4bit` on NVIDIA GPUs: the CUDA kernel for few rows, else Triton, else the reference."""
+"""The op `linear_4bit` on NVIDIA GPUs: the CUDA kernel for few rows, then Triton's tiles, then cuBLAS on a weight that
+Triton writes out; without either, the reference."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import importlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pykd.ops.activation import activate
@@ -16,6 +18,16 @@ from pykd.ops.linear_4bit_reference import INPUTS, reference, rounded
 
 #: Up to this many rows the CUDA kernel streams the weight once per call; beyond, Triton's tiles reuse it.
 CUDA_ROWS = 8
+
+#: Up to so many rows Triton's tiles decode the weight as they multiply; beyond, it is written out once for cuBLAS.
+#: Predicted, not measured, for an H100 (3.35 TB/s; 990 TFLOP/s in 16 bits, 67 in float32; 3.0e13 instructions a second
+#: over all threads) and a weight beyond its caches. Written out, a weight costs 0.5 bytes read, 2 written and 2 read,
+#: 1.35 ps, and up to about 300 rows cuBLAS adds nothing to that. Triton's tiles, as compiled for sm_90, issue 22
+#: instructions a weight for every 64 rows, 0.75 ps (a sixth of the tensor cores' rate): two are about even, three lose.
+TENSOR_CORE_ROWS = 128
+#: The same where the tiles multiply in float32 (codebooks, groups that are no multiple of 32, float32 x): 96
+#: instructions, 3.2 ps, from the first tile of 64 rows on; with float32 x, 4 bytes written and read cost 2.5 ps.
+FLOAT32_ROWS = 32
 
 
 def cuda(
@@ -30,7 +42,7 @@ def cuda(
     inputs: str = "keep",
     activation: str | None = None,
 ) -> Tensor:
-    """The op on an NVIDIA GPU."""
+    """The op on an NVIDIA GPU, by the route that `choose` names."""
     library = cuda_library()
     if scales is not None and scales.dtype != torch.float16:
         library = None  # its kernels read float16
@@ -43,16 +55,55 @@ def cuda(
         )
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    qweight, scales, zeros = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
+    weight = (qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous())
     table = codebook(code, x.device)
-    if triton_available() and (library is None or flat.shape[0] > CUDA_ROWS):
-        kernel = importlib.import_module("pykd.kernels.linear_4bit")
-
-        y: Tensor = kernel.linear_4bit(flat, qweight, scales, zeros, table, bias, code=code, group_size=group_size)
+    route = choose(flat.shape[0], x.dtype, code, group_size, library=library is not None, triton=triton_available())
+    if route == "dense":
+        y = dense(flat, *weight, table, bias, code, group_size)
     else:
-        y = launch(library, flat, qweight, scales, zeros, table, bias, code, group_size)
+        bias = None if bias is None else bias.float().contiguous()
+        if route == "cuda":
+            y = launch(library, flat, *weight, table, bias, code, group_size)
+        else:
+            y = _kernels().linear_4bit(flat, *weight, table, bias, code=code, group_size=group_size)
     return activate(y.view(*x.shape[:-1], out_features), activation)
+
+
+def choose(rows: int, dtype: torch.dtype, code: str, group_size: int, *, library: bool, triton: bool) -> str:
+    """The route of x with so many rows, "cuda", "triton" or "dense": the rules of `build_info()["table"]`."""
+    if not triton or (library and rows <= CUDA_ROWS):
+        return "cuda"
+    tensor_cores = dtype != torch.float32 and _kernels().multiplies_codes(code, group_size)
+    return "triton" if rows <= (TENSOR_CORE_ROWS if tensor_cores else FLOAT32_ROWS) else "dense"
+
+
+def _kernels() -> Any:
+    return importlib.import_module("pykd.kernels.linear_4bit")
+
+
+def dense(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    code: str,
+    group_size: int,
+) -> Tensor:
+    """x W^T + bias by cuBLAS on x [rows, in_features], with W written out for this call.
+
+    W takes out_features * in_features * 2 bytes while the call lasts (4 for float32), from torch's allocator: nothing
+    waits for the host, and a CUDA graph can capture it. W and the bias are rounded once to x's dtype, as a dense layer
+    of that dtype holds them. Triton's tiles and the CUDA kernel do not round W: there, 16-bit results differ by that
+    rounding (at most 2^-8 of a weight in bfloat16, 2^-11 in float16, whose range is W's too), and float32 results by
+    the order of their sums. How cuBLAS adds up follows torch's settings: TensorFloat-32, reductions in 16 bits.
+    """
+    weight = _kernels().dequantize(
+        qweight, scales, zeros, table, x.dtype, code=code, in_features=x.shape[1], group_size=group_size
+    )
+    with torch.autocast(x.device.type, enabled=False):  # x's dtype is the one that was asked for
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def launch(

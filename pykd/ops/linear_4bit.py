@@ -86,7 +86,8 @@ def linear_4bit(
         out_features: needed with the CPU layout only.
         group_size: at least 1; a group longer than the row is the whole row. It need not divide in_features.
         inputs: "keep", or "int8" with "int4" and "uint4": rounded inside the call, with a scale per row and group.
-        activation: "gelu", "gelu_tanh", "silu", "relu" or None: applied before the result is rounded to x's dtype.
+        activation: "gelu", "gelu_tanh", "silu", "relu" or None: applied before the result is rounded to x's dtype, on
+            GPUs after.
 
     Returns [..., out_features]; with int8 inputs, NaN for a row of x that holds NaN or infinity. Differentiable in x
     and bias; the weight is a constant. The gradient to x is that of the dequantized weight (straight through the

@@ -58,14 +58,15 @@ def cuda(
     weight = (qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous())
     table = codebook(code, x.device)
     route = choose(flat.shape[0], x.dtype, code, group_size, library=library is not None, triton=triton_available())
-    if route == "dense":
-        y = dense(flat, *weight, table, bias, code, group_size)
-    else:
-        bias = None if bias is None else bias.float().contiguous()
-        if route == "cuda":
-            y = launch(library, flat, *weight, table, bias, code, group_size)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another of several
+        if route == "dense":
+            y = dense(flat, *weight, table, bias, code, group_size)
         else:
-            y = _kernels().linear_4bit(flat, *weight, table, bias, code=code, group_size=group_size)
+            bias = None if bias is None else bias.float().contiguous()
+            if route == "cuda":
+                y = launch(library, flat, *weight, table, bias, code, group_size)
+            else:
+                y = _kernels().linear_4bit(flat, *weight, table, bias, code=code, group_size=group_size)
     return activate(y.view(*x.shape[:-1], out_features), activation)
 
 
@@ -121,7 +122,7 @@ def launch(
     y = torch.empty(x.shape[0], scales.shape[0], dtype=x.dtype, device=x.device)
     pointers = [None if t is None else t.data_ptr() for t in (qweight, scales, zeros, table, bias, y)]
     sizes = (x.shape[0], x.shape[1], scales.shape[0], group_size)
-    with torch.cuda.device(x.device):
+    with torch.cuda.device_of(x):
         status = library.pykd_cuda_linear_4bit(
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_int64(x.stride(0)),

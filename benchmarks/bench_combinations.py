@@ -45,11 +45,11 @@ GOALS = ("encoder", "file", "kept", "x float32", "x int8")
 COMBINATIONS: tuple[Candidate, ...] = (
     *(Candidate(scheme=scheme) for scheme in ("w8a8", "w4a8", "w4a16", "nf4")),
     *(Candidate(pruning=pruning) for pruning in (("neurons", 0.3), ("sparsegpt", 0.5), ("sparsegpt", 0.7))),
-    *(Candidate(depth=depth) for depth in (5, 4, 3)),
-    *(Candidate(depth=depth, scheme=scheme) for depth in (5, 4, 3) for scheme in ("w8a8", "w4a8")),
+    *(Candidate(depth=depth) for depth in (5, 4, 3, 2)),
+    *(Candidate(depth=depth, scheme=scheme) for depth in (5, 4, 3, 2) for scheme in ("w8a8", "w4a8")),
     *(Candidate(None, ("neurons", 0.3), scheme) for scheme in ("w8a8", "w4a8")),
     *(Candidate(None, ("sparsegpt", sparsity), scheme) for sparsity in (0.5, 0.7) for scheme in ("w8a8", "w4a16")),
-    *(Candidate(depth, ("neurons", 0.3), scheme) for depth in (4, 3) for scheme in (None, "w8a8", "w4a8")),
+    *(Candidate(depth, ("neurons", 0.3), scheme) for depth in (4, 3, 2) for scheme in (None, "w8a8", "w4a8")),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def test_it_ends_with_the_newest_training(log: Path, monkeypatch: pytest.MonkeyP
         slept.append(seconds)
         append(log, {"event": "end", "step": 6})
 
-    monkeypatch.setattr(monitor.time, "sleep", sleep)
+    # not `time.sleep` itself: threads that other tests' libraries left behind sleep too
+    monkeypatch.setattr(monitor, "time", types.SimpleNamespace(sleep=sleep))
     monitor.watch(log, every=0.5)
     assert slept == [0.5]
 

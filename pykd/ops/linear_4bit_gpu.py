@@ -58,7 +58,8 @@ def cuda(
     weight = (qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous())
     table = codebook(code, x.device)
     route = choose(flat.shape[0], x.dtype, code, group_size, library=library is not None, triton=triton_available())
-    with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another of several
+    # Triton launches on the current device, which may be another one of several.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if route == "dense":
             y = dense(flat, *weight, table, bias, code, group_size)
         else:
@@ -122,7 +123,7 @@ def launch(
     y = torch.empty(x.shape[0], scales.shape[0], dtype=x.dtype, device=x.device)
     pointers = [None if t is None else t.data_ptr() for t in (qweight, scales, zeros, table, bias, y)]
     sizes = (x.shape[0], x.shape[1], scales.shape[0], group_size)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device(x.device):
         status = library.pykd_cuda_linear_4bit(
             ctypes.c_void_p(x.data_ptr()),
             ctypes.c_int64(x.stride(0)),

@@ -165,6 +165,8 @@ def measure_routing(
 
 def _route(model: nn.Module, data: DataBundle, batch_size: int) -> dict[str, Tensor]:
     """Labels, scores, routes and both branches' logits of every row; tokens by expert of the rows that go deep."""
+    from pykd.models.router_layers import tokens_by_expert
+
     kept: dict[str, list[Tensor]] = {name: [] for name in ("labels", "scores", "deep", "branches")}
     experts: list[Tensor] = []
     device = device_of(model)
@@ -175,8 +177,11 @@ def _route(model: nn.Module, data: DataBundle, batch_size: int) -> dict[str, Ten
             rows = {"labels": batch["labels"], "scores": out.scores, "deep": out.deep, "branches": out.branch_logits}
             for name, value in rows.items():
                 kept[name].append(value.cpu())
-            used = call(model, batch).expert_tokens
-            experts += [] if used is None else [used.cpu()]
+            if out.expert_choices is not None:  # both branches computed all rows; those of the deep ones count
+                seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+                deep = out.deep.repeat_interleave(seen.sum(1))
+                used = [tokens_by_expert(own[deep], out.expert_tokens.shape[1]) for own in out.expert_choices]
+                experts.append(torch.stack(used).cpu())
     whole = torch.stack(experts).sum(0) if experts else torch.zeros(0, 0)
     return {name: torch.cat(values) for name, values in kept.items()} | {"experts": whole}
 

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForSequen
 from transformers.utils import ModelOutput
 
 from pykd.models.router_config import RouterConfig
-from pykd.models.router_layers import Body, exporting
+from pykd.models.router_layers import Body, exporting, tokens_by_expert
 from pykd.models.router_teacher import from_teacher
 from pykd.models.router_threshold import calibrate, routed
 
@@ -33,6 +33,8 @@ class RouterOutput(ModelOutput):  # type: ignore[misc]
     logits (rows, classes). scores (rows,): difficulty, None without a router. deep (rows,): True where a row went
     deep. branch_logits (rows, 2, classes): of both branches, fast first, where both ran on every row. auxiliary: the
     model's own losses, weighted, in training. expert_tokens (deep layers, experts): tokens that each expert computed.
+    expert_choices (deep layers, tokens, experts per token): which ones computed each token of the deep rows; in a graph
+    that is exported the padding counts as tokens here.
     loss: cross entropy of the labels and the auxiliary losses, where labels were given.
     """
 
@@ -43,6 +45,7 @@ class RouterOutput(ModelOutput):  # type: ignore[misc]
     branch_logits: Tensor | None = None
     auxiliary: dict[str, Tensor] | None = None
     expert_tokens: Tensor | None = None
+    expert_choices: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -197,16 +200,19 @@ class RouterForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
 
     def _deep(self, out: dict[str, Any], states: Tensor, seen: Tensor) -> Tensor:
         """Logits of the deep branch; notes in ``out`` the experts' loss and use, and the states if they are wanted."""
-        balances, counts = [], []
+        balances, choices = [], []
         for layer in self.body.deep:
-            states, balance, tokens = layer(states, seen)
+            states, balance, chosen = layer(states, seen)
             if balance is not None:
                 balances.append(balance)
-                counts.append(tokens)
+                choices.append(chosen)
             if out["hidden_states"] is not None:
                 out["hidden_states"] = (*out["hidden_states"], states)
-        if counts:
-            out["expert_tokens"] = torch.stack(counts)
+        if choices:
+            out["expert_choices"] = torch.stack(choices)
+            if not exporting():  # a graph has no use for counts
+                number = self.config.experts
+                out["expert_tokens"] = torch.stack([tokens_by_expert(own, number) for own in choices])
         if self.training and balances and self.config.balance_weight:
             out["auxiliary"]["balance"] = self.config.balance_weight * torch.stack(balances).mean()
         return self._head("deep", states[:, 0])

@@ -41,7 +41,7 @@ class RouterConfig(PretrainedConfig):  # type: ignore[misc]
     model_type = "pykd-router"
     sub_configs: ClassVar[dict[str, Any]] = {"encoder": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "scores", "deep", "branch_logits", "auxiliary", "expert_tokens", "hidden_states"
+        "scores", "deep", "branch_logits", "auxiliary", "expert_tokens", "expert_choices", "hidden_states",
     ]  # fmt: skip
 
     def __init__(

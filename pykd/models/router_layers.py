@@ -59,6 +59,11 @@ class FeedForward(nn.Module):
         return found
 
 
+def tokens_by_expert(chosen: Tensor, experts: int) -> Tensor:
+    """How many tokens each expert has, (experts,), of the experts chosen for each."""
+    return chosen.flatten().bincount(minlength=experts)
+
+
 class Experts(nn.Module):
     """Several feed-forward networks, of which a gate chooses some for every token (Shazeer et al. 2017).
 
@@ -75,7 +80,7 @@ class Experts(nn.Module):
         self.experts_per_token = experts_per_token
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens, hidden) -> the same, the balance loss (a scalar), and tokens by expert (experts,).
+        """(tokens, hidden) -> the same, the balance loss (a scalar), and the experts of each token (tokens, chosen).
 
         The balance loss is that of Switch (Fedus et al. 2021, eq. 4): experts * sum_e f_e P_e, with the share f of the
         choices and the mean probability P; 1 when all are used alike, up to ``experts`` when one is.
@@ -89,16 +94,16 @@ class Experts(nn.Module):
             gates = torch.zeros_like(likely).scatter(-1, chosen, weights).to(states.dtype)
             mixed = sum(gates[:, n : n + 1] * expert(states) for n, expert in enumerate(self.experts))
             assert isinstance(mixed, Tensor)
-            return mixed, likely.new_ones(()), chosen.new_zeros(len(self.experts))
+            return mixed, likely.new_ones(()), chosen
         mixed = torch.zeros_like(states)
         for number, expert in enumerate(self.experts):
             token, place = (chosen == number).nonzero(as_tuple=True)
             if len(token) or self.training:  # in training every parameter has a gradient, for processes that add them
                 part = expert(states[token]) * weights[token, place, None]
                 mixed = mixed.index_add(0, token, part.to(mixed.dtype))
-        tokens = chosen.flatten().bincount(minlength=len(self.experts))
+        tokens = tokens_by_expert(chosen, len(self.experts))
         shares = tokens / tokens.sum().clamp_min(1)
-        return mixed, len(self.experts) * (shares * likely.mean(0)).sum(), tokens
+        return mixed, len(self.experts) * (shares * likely.mean(0)).sum(), chosen
 
 
 class DeepLayer(nn.Module):
@@ -128,21 +133,22 @@ class DeepLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(rows, positions, hidden) -> the same, and of the experts their balance loss and tokens.
+        """(rows, positions, hidden) -> the same, and what `Experts` gives beside it, None without experts.
 
-        seen (rows, positions): True where a position is no padding; the others do not go through the experts.
+        seen (rows, positions): True where a position is no padding; the others do not go through the experts, except in
+        a graph that is exported.
         """
         states = self.attention_norm(states + self.dropout(self.attention(states, seen[:, None, None, :])))
-        flat, balance, tokens = states.flatten(0, 1), None, None
+        flat, balance, chosen = states.flatten(0, 1), None, None
         if not isinstance(self.feed_forward, Experts):
             added = self.feed_forward(flat)
         elif exporting():
-            added, balance, tokens = self.feed_forward(flat)
+            added, balance, chosen = self.feed_forward(flat)
         else:
             places = seen.flatten().nonzero().squeeze(1)
-            part, balance, tokens = self.feed_forward(flat[places])
+            part, balance, chosen = self.feed_forward(flat[places])
             added = torch.zeros_like(flat).index_copy(0, places, part.to(flat.dtype))
-        return self.output_norm(states + self.dropout(added.view_as(states))), balance, tokens
+        return self.output_norm(states + self.dropout(added.view_as(states))), balance, chosen
 
 
 class Body(nn.Module):

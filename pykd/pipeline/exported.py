@@ -14,6 +14,12 @@ from pykd.models.adapter import origin
 from pykd.pipeline.saved import data_of, example_of, load_saved, tokenizer_of
 from pykd.recipe import RecipeLike
 
+#: Of the check of a router in ONNX: choices between two as good, which rounding decided otherwise, in words.
+CHOICES = {
+    "rows_at_threshold": "rows at the threshold that took their other branch",
+    "tokens_between_experts": "tokens that took another expert as good",
+}
+
 
 def export_saved(
     path: str | Path,
@@ -50,11 +56,11 @@ def _facts(record: dict[str, Any], before: int, output: str) -> dict[str, Any]:
     now, check = record["size_bytes"], record.get("check", {})
     facts = {"saved": output, "bytes": f"{before:,} -> {now:,} ({before / now:.2f}x smaller)"}
     if "labels" in check:
-        moved = check.get("rows_at_threshold")
+        near = "".join(f"; {words}: {check[key]}" for key, words in CHOICES.items() if key in check)
         facts["check"] = (
             f"{check['labels'] - check['different_labels']} of {check['labels']} labels equal, logits within "
             f"{check['largest_difference']:.1e} of the largest (allowed: {check['bound']:g})"
-        ) + (f"; {moved} rows at the threshold took their other branch" if moved is not None else "")
+        ) + near
     elif check:
         facts["check"] = f"{check['layers']} packed layers read back, within {check['largest_difference']:.1e}"
     if "latency_ms" in record:

@@ -7,8 +7,9 @@ import copy
 import functools
 import io
 import logging
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from pykd.errors import ArtifactError
 from pykd.io.export.onnx_layers import to_onnx_layers
 from pykd.io.export.onnx_model import INPUTS, OnnxModel
-from pykd.models.adapter import call, logits, unwrap
+from pykd.io.export.onnx_router import choices_of, made
+from pykd.models.adapter import logits, unwrap
 from pykd.nn.compressed import CompressedModule
 
 FILE = "model.onnx"
@@ -35,23 +37,28 @@ AXES: dict[str, dict[int, str]] = {
 }
 
 Batch = Mapping[str, Tensor]
+#: Outputs by name, "logits" among them, for inputs by name.
+Graph = Callable[[Batch], Mapping[str, Tensor]]
 
 
 class Logits(nn.Module):
-    """A model as a function of tensors in a fixed order, without the keys and values of past tokens."""
+    """A model as a function of tensors in a fixed order, without the keys and values of past tokens.
+
+    It gives logits, and of a router its choices.
+    """
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
         config: Any = getattr(model, "config", None)
         self.options = {"use_cache": False} if getattr(config, "use_cache", None) else {}
+        self.choices = choices_of(model)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.names, inputs, strict=True))
         model: Any = self.model
         out: Any = model(*inputs) if getattr(model, "config", None) is None else model(**named, **self.options)
-        found: Tensor = out if isinstance(out, Tensor) else out.logits
-        return found
+        return (out if isinstance(out, Tensor) else out.logits, *(out[name] for name in self.choices))
 
 
 def write(model: nn.Module, folder: Path, checked: Sequence[Batch]) -> dict[str, Any]:
@@ -74,7 +81,9 @@ def write(model: nn.Module, folder: Path, checked: Sequence[Batch]) -> dict[str,
     _trace(Logits(forms, names), names, example, folder / FILE)
     found = OnnxModel(folder / FILE)
     notes.append(f"inputs {', '.join(names)}; any size along {', '.join(_free(names))}")
-    return {"notes": notes, "check": compare(model, found, checked, bound=bound_of(model))}
+    if found.output_names[1:]:
+        notes.append(f"outputs {', '.join(found.output_names)}")
+    return {"notes": notes, "check": compare(model, found.outputs, checked, bound=bound_of(model))}
 
 
 def bound_of(model: nn.Module) -> float:
@@ -87,45 +96,39 @@ def bound_of(model: nn.Module) -> float:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, found: nn.Module, checked: Sequence[Batch], *, bound: float) -> dict[str, Any]:
-    """Differences between two models that should give the same logits; ArtifactError where they are not the same.
+def compare(model: nn.Module, graph: Graph, checked: Sequence[Batch], *, bound: float) -> dict[str, Any]:
+    """Differences between a model and a graph that should give the same logits; ArtifactError where they do not.
 
-    Labels must be equal, too, but where the two best logits are closer than the bound. A router's row whose score is
-    that close to the threshold may be answered by its other branch; such rows are counted.
+    A router is compared as if it made the choices of the graph (:mod:`pykd.io.export.onnx_router`); those that differ
+    are counted.
     """
-    labels = different = moved = 0
+    labels = different = 0
     largest = 0.0
+    routed: dict[str, int] = {}
     model = copy.deepcopy(model).cpu().float().eval()
     for batch in checked:
-        want, got = (logits(each, batch).float() for each in (model, found))
-        want, others = _by_either_branch(model, batch, want, got, bound)
-        moved += others
+        given = dict(graph(batch))
+        got = given.pop("logits").float()
+        want = logits(model, batch).float()
+        different += int((want.argmax(-1) != got.argmax(-1)).sum()) if want.shape == got.shape else 0
+        if given:
+            with made(model, batch, given) as choices:
+                want = logits(model, batch).float()
+            routed = {name: routed.get(name, 0) + count for name, count in choices.differing.items()}
+            _require(choices.largest, bound, "choices of the router differ by {} of what they are the sum of")
         scale = max(float(want.abs().max()), 1e-6)
-        gap = float((want - got).abs().max()) / scale
-        if want.shape != got.shape or not gap <= bound:
-            raise ArtifactError(
-                f"ONNX Runtime does not compute what the model does: logits differ by {gap:.2g} of the largest, where "
-                f"{bound:g} is allowed; nothing was exported. Report it with the model's configuration."
-            )
-        best = want.topk(min(2, want.shape[-1]), dim=-1).values
-        wrong = (want.argmax(-1) != got.argmax(-1)) & (best[..., 0] - best[..., -1] > bound * scale)
-        labels, different = labels + wrong.numel(), different + int((want.argmax(-1) != got.argmax(-1)).sum())
-        largest = max(largest, gap)
-        assert not bool(wrong.any())  # follows from the bound on every logit
-    routed = {"rows_at_threshold": moved} if getattr(model, "router", None) is not None else {}
+        gap = float((want - got).abs().max()) / scale if want.shape == got.shape else math.inf
+        _require(gap, bound, "logits differ by {} of the largest")
+        labels, largest = labels + want[..., 0].numel(), max(largest, gap)
     return {"labels": labels, "different_labels": different, "largest_difference": largest, "bound": bound} | routed
 
 
-def _by_either_branch(model: nn.Module, batch: Batch, want: Tensor, got: Tensor, bound: float) -> tuple[Tensor, int]:
-    """The logits wanted, those of the other branch where rounding decides the branch and ``got`` took it; how many."""
-    if getattr(model, "router", None) is None or want.shape != got.shape:
-        return want, 0
-    inner: Any = model
-    out = call(model, batch, output_branches=True)
-    near = (out.scores - inner.config.threshold).abs() <= bound * out.scores.abs().max()
-    other = out.branch_logits[torch.arange(len(want)), (~out.deep).long()]
-    taken = near & ((got - other).abs().amax(-1) < (got - want).abs().amax(-1))
-    return torch.where(taken[:, None], other, want), int(taken.sum())
+def _require(gap: float, bound: float, what: str) -> None:
+    if not gap <= bound:
+        raise ArtifactError(
+            f"ONNX Runtime does not compute what the model does: {what.format(f'{gap:.2g}')}, where {bound:g} is "
+            "allowed; nothing was exported. Report it with the model's configuration."
+        )
 
 
 def _trace(model: Logits, names: list[str], example: Batch, path: Path) -> None:
@@ -137,7 +140,7 @@ def _trace(model: Logits, names: list[str], example: Batch, path: Path) -> None:
                 inputs,
                 dynamo=True,
                 input_names=names,
-                output_names=["logits"],
+                output_names=["logits", *model.choices],
                 dynamic_shapes={"inputs": tuple(AXES[name] for name in names)},
                 verbose=False,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class OnnxModel(nn.Module):
                 f"{path} is no file that ONNX Runtime loads ({text}); export the model again."
             ) from error
         self.names = [value.name for value in self.session.get_inputs()]
+        self.output_names = [value.name for value in self.session.get_outputs()]
 
     def forward(
         self,
@@ -60,13 +62,17 @@ class OnnxModel(nn.Module):
         pixel_values: Tensor | None = None,
     ) -> Tensor:
         given = (input_ids, attention_mask, token_type_ids, decoder_input_ids, pixel_values)
-        named = dict(zip(INPUTS, given, strict=True))
+        return self.outputs(dict(zip(INPUTS, given, strict=True)))[self.output_names[0]]
+
+    def outputs(self, batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """All outputs by name: logits first, of a router also what it chose."""
         feed: dict[str, Any] = {}
         for name in self.names:
-            value = named.get(name)
+            value = batch.get(name)
             if value is None:
                 raise ArtifactError(
                     f"the ONNX file takes {', '.join(self.names)}, but there is no {name} in the batch."
                 )
             feed[name] = value.detach().cpu().numpy()
-        return torch.from_numpy(self.session.run(None, feed)[0])
+        found = self.session.run(self.output_names, feed)
+        return {name: torch.from_numpy(value) for name, value in zip(self.output_names, found, strict=True)}

@@ -45,12 +45,14 @@ def w8a8(model: Any) -> None:
     pykd.quantize(model, "w8a8", embeddings="w8a16")
 
 
-def structured(share: float) -> Callable[[Any], None]:
-    """Heads and neurons cut by ``share``, then w8a8: the layers keep their number and width."""
+def structured(share: float, *, layers: float = 0.0) -> Callable[[Any], None]:
+    """Shares of the layers, then of heads and neurons cut, then w8a8: the width stays."""
 
     def apply(model: Any) -> None:
         import pykd
 
+        if layers:
+            pykd.prune(model, "layers", layers)
         pykd.prune(model, "heads", share)
         pykd.prune(model, "neurons", share)
         w8a8(model)
@@ -76,10 +78,12 @@ FORMS: dict[str, Callable[[Any], None]] = {
     "w8a8": w8a8,
     "heads and neurons -50 %, w8a8": structured(0.5),
     "heads and neurons -75 %, w8a8": structured(0.75),
+    "2 layers, heads and neurons -75 %, w8a8": structured(0.75, layers=2 / 3),
+    "2 layers, heads and neurons -90 %, w8a8": structured(0.9, layers=2 / 3),
     "weights -80 %, w8a8": sparse(0.8),
 }
 
-DEFAULT = ["w8a8", "heads and neurons -75 %, w8a8"]
+DEFAULT = ["w8a8", "heads and neurons -75 %, w8a8", "2 layers, heads and neurons -90 %, w8a8"]
 
 
 def build(form: str, folder: Path) -> Path:
@@ -126,8 +130,9 @@ def of_full_length(texts: Sequence[str]) -> list[str]:
 
 def measure(form: str, lengths: str, model: Path, texts: Sequence[str], settings: argparse.Namespace) -> Row:
     """One service under the load of the settings."""
-    options = ["--threads", str(settings.threads), "--batch-window-ms", str(settings.batch_window_ms)]
-    options += ["--max-batch", str(settings.max_batch), "--max-tokens", str(MAX_TOKENS)]
+    passed = {name: getattr(settings, name) for name in ("threads", "parallel", "batch_window_ms", "max_batch")}
+    passed["max_tokens"] = MAX_TOKENS
+    options = [word for name, value in passed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     environment = dict(pair.split("=", 1) for pair in settings.env)
     with service(model, options, environment) as (url, process):
         slow = [number / 5 for number in range(10 if SMALL else 25)]
@@ -199,6 +204,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arrivals", choices=["exponential", "fixed"], default="exponential")
     parser.add_argument("--env", nargs="*", default=["OMP_WAIT_POLICY=passive"], help="NAME=VALUE, for the service")
     parser.add_argument("--threads", type=int, default=2, help="that compute")
+    parser.add_argument("--parallel", type=int, default=2, help="batches computed at once")
     parser.add_argument("--batch-window-ms", type=float, default=0.0)
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

@@ -27,6 +27,7 @@ def serve(
     library: Library = None,
     offline: Offline = False,
     threads: Annotated[int | None, typer.Option(help="threads that compute; default: torch's own choice")] = None,
+    parallel: Annotated[int, typer.Option(help="batches computed at once, which share the threads")] = 1,
     max_batch: Annotated[int, typer.Option(help="inputs of several requests computed together")] = 16,
     batch_window_ms: Annotated[float, typer.Option(help="how long an input waits for company")] = 1.0,
     max_queue: Annotated[int, typer.Option(help="inputs that may wait; more are answered with 429")] = 256,
@@ -49,7 +50,7 @@ def serve(
 
     settings = Settings(
         models=tuple(models or ()), roots=tuple(root or ()), library=library, offline=offline, host=host, port=port,
-        token=token, threads=threads, max_tokens=max_tokens, max_batch=max_batch,
+        token=token, threads=threads, parallel=parallel, max_tokens=max_tokens, max_batch=max_batch,
         batch_window_ms=batch_window_ms, max_queue=max_queue, timeout_s=timeout_s, state=state, recipes=recipes,
         max_jobs=max_jobs, thresholds=Thresholds(psi=psi, accuracy=accuracy, f1=f1, window=window),
     )  # fmt: skip

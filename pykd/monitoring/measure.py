@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from pykd.monitoring.baseline import Baseline, quantities
 
 
 class HeadInputs:
-    """The embeddings of the newest batch: what the last layer with one output per class read, (rows, ``width``).
+    """The embeddings of a thread's newest batch: what the last layer with an output per class read, (rows, ``width``).
 
     What a layer reads at several positions is averaged: of images (rows, channels, height, width) over the last two,
     else over all but the first and the last. Of a model with a router (:mod:`pykd.models.router`), whose heads read the
@@ -33,16 +34,16 @@ class HeadInputs:
 
     def __init__(self, model: nn.Module) -> None:
         head: Any = _head(model)
-        self._newest: Tensor | None = None
+        self._newest: dict[int, Tensor] = {}  # by thread
         self.width = int(head.in_features if hasattr(head, "in_features") else head.in_channels)
         self._handle = head.register_forward_pre_hook(self._note)
 
     def _note(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._newest = inputs[0].detach()
+        self._newest[threading.get_ident()] = inputs[0].detach()
 
     def take(self) -> np.ndarray[Any, np.dtype[np.float32]] | None:
         """The embeddings since the last time, float32 on the CPU; None when the head has not run."""
-        found, self._newest = self._newest, None
+        found = self._newest.pop(threading.get_ident(), None)
         if found is None:
             return None
         if found.dim() == 4:

@@ -61,7 +61,6 @@ def create_app(settings: Settings) -> FastAPI:
         state.closing.append(hold(settings.state))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-        state.compute.submit(torch.set_num_threads, settings.threads).result()  # OpenMP counts for each thread
     state.models.update(load_models(settings, state.metrics, state.compute))
 
     @contextlib.asynccontextmanager

@@ -47,8 +47,9 @@ class Batcher(Generic[Item, Result]):
     """Collects items for ``compute``, which runs in ``executor`` and answers a list in its order.
 
     The item that has waited longest always goes next, with others of about its length: see :func:`companions`. It
-    waits up to ``window_s`` for company, and less when ``max_batch`` items are there. ``on_batch(items, seconds)`` is
-    told of every batch. Items whose request has gone are not computed.
+    waits up to ``window_s`` for company, and less when ``max_batch`` items are there. ``parallel`` batches are computed
+    at once, in as many threads of the executor; those that have nothing to do share what waits. ``on_batch(items,
+    seconds)`` is told of every batch. Items whose request has gone are not computed.
     """
 
     def __init__(
@@ -59,14 +60,16 @@ class Batcher(Generic[Item, Result]):
         max_batch: int,
         window_s: float,
         max_queue: int,
+        parallel: int = 1,
         on_batch: Callable[[int, float], None] = lambda items, seconds: None,
     ) -> None:
         self._compute, self._executor, self._on_batch = compute, executor, on_batch
-        self._max_batch, self._window_s, self._max_queue = max_batch, window_s, max_queue
+        self._max_batch, self._window_s, self._max_queue, self._parallel = max_batch, window_s, max_queue, parallel
         self._queue: list[_Waiting[Item, Result]] = []
         self._coming = 0
         self._full: asyncio.Event | None = None
-        self._worker: asyncio.Task[None] | None = None
+        self._workers: set[asyncio.Task[None]] = set()
+        self._computing = 0
         self._item_s = 0.0
 
     @property
@@ -90,15 +93,16 @@ class Batcher(Generic[Item, Result]):
         loop, now = asyncio.get_running_loop(), time.monotonic()
         fresh = [_Waiting[Item, Result](item, loop.create_future(), now) for item in items]
         self._queue += fresh
-        if self._worker is None or self._worker.done():
-            self._worker = loop.create_task(self._work())
-        elif self._full is not None and len(self._queue) >= self._max_batch:
+        self._workers = {worker for worker in self._workers if not worker.done()}
+        idle = self._parallel - len(self._workers)
+        self._workers |= {loop.create_task(self._work()) for _ in range(min(idle, len(self._queue)))}
+        if self._full is not None and len(self._queue) >= self._max_batch:
             self._full.set()
         return list(await asyncio.gather(*(one.answer for one in fresh)))
 
     def _require_room(self, items: int) -> None:
         if self.waiting + items > self._max_queue:
-            raise QueueFullError(max(1, math.ceil(self.waiting * self._item_s)))
+            raise QueueFullError(max(1, math.ceil(self.waiting * self._item_s / self._parallel)))
 
     async def _work(self) -> None:
         """Batch after batch, until nothing waits."""
@@ -113,20 +117,23 @@ class Batcher(Generic[Item, Result]):
         left = self._queue[0].arrived + self._window_s - time.monotonic()
         if left <= 0 or len(self._queue) >= self._max_batch:
             return
-        self._full = asyncio.Event()
+        self._full = full = self._full or asyncio.Event()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._full.wait(), left)
-        self._full = None
+            await asyncio.wait_for(full.wait(), left)
+        if self._full is full:
+            self._full = None
 
     def _next(self) -> list[_Waiting[Item, Result]]:
         live = [one for one in self._queue if not one.answer.done()]
-        chosen = companions([one.item.length for one in live], self._max_batch)
+        idle = self._parallel - self._computing
+        chosen = companions([one.item.length for one in live], min(self._max_batch, math.ceil(len(live) / idle)))
         batch = [live[position] for position in chosen]
         self._queue = [one for one in live if one not in batch]
         return batch
 
     async def _run(self, batch: list[_Waiting[Item, Result]]) -> None:
         loop, started = asyncio.get_running_loop(), time.monotonic()
+        self._computing += 1
         try:
             results = await loop.run_in_executor(self._executor, self._compute, [one.item for one in batch])
         except Exception as error:
@@ -134,6 +141,8 @@ class Batcher(Generic[Item, Result]):
                 if not one.answer.done():
                     one.answer.set_exception(error)
             return
+        finally:
+            self._computing -= 1
         seconds = time.monotonic() - started
         self._item_s += RECENT * (seconds / len(batch) - self._item_s)
         self._on_batch(len(batch), seconds)

@@ -96,7 +96,7 @@ def load_served(name: str, folder: Path, settings: Settings, metrics: Metrics, c
 
     batcher = Batcher(
         run, compute, max_batch=settings.max_batch, window_s=settings.batch_window_ms / 1000,
-        max_queue=settings.max_queue, on_batch=on_batch,
+        max_queue=settings.max_queue, parallel=settings.parallel, on_batch=on_batch,
     )  # fmt: skip
     metrics.waiting.labels(name).set_function(lambda: batcher.waiting)
     if predictor.takes == "text":

@@ -31,6 +31,8 @@ class Settings:
 
     max_batch: inputs of several requests that are computed together; batch_window_ms: how long the first of them waits
     for company. max_queue: inputs waiting for a model; more are refused. threads: that compute; None: torch's choice.
+    parallel: batches computed at once, which share the threads: one text after another by all threads is soonest done,
+    several at once by fewer threads each are more a second where models are small.
 
     state: folder of what outlives the service: its log, baselines, jobs and their runs; None keeps nothing and starts
     no job. recipes: folder whose recipes may be started as jobs; max_jobs: so many at once. thresholds: of monitoring.
@@ -62,6 +64,7 @@ class Settings:
     batch_window_ms: float = 1.0
     max_queue: int = 256
     threads: int | None = None
+    parallel: int = 1
     state: Path | None = None
     recipes: Path | None = None
     max_jobs: int = 1
@@ -85,6 +88,7 @@ class Settings:
             raise ValueError(f"the runs of the recipes in {self.recipes} need a folder: name one by --state")
         if self.threads is not None:
             self._at_least("threads", 1)
+        self._at_least("parallel", 1)
         for name in ("body_timeout_s", "timeout_s", "check_timeout_s", "drain_s"):
             self._at_least(name, 0.001)
         if self.token is None and not self.loopback:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from fastapi import HTTPException
 
 from pykd.serve.metrics import Metrics
@@ -55,13 +56,19 @@ class State:
     in_flight: int = 0
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     stop_by: float = float("inf")
-    #: Where inputs are made ready, where models compute one after another, and where models are checked.
+    #: Where inputs are made ready, where models compute, and where models are checked.
     prepare: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-prepare"))
-    compute: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-compute"))
+    compute: ThreadPoolExecutor = field(init=False)
     checks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pykd-check"))
     checking: bool = False
     #: What the parts want done at the end, the last first.
     closing: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        parallel = self.settings.parallel
+        threads = max(1, (self.settings.threads or torch.get_num_threads()) // parallel)
+        # OpenMP counts for each thread.
+        self.compute = ThreadPoolExecutor(parallel, "pykd-compute", torch.set_num_threads, (threads,))
 
     def stop(self) -> None:
         """Answer what is under way, refuse what comes now. Long answers end when they see `stopping`."""

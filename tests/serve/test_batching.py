@@ -92,6 +92,25 @@ def test_what_arrives_while_a_batch_is_computed_is_the_next_one(executor: Thread
     assert compute.batches == [[1], [20, 21, 22], [90]] and seen == [1, 3, 1]
 
 
+def test_several_batches_are_computed_at_once_and_share_what_waits() -> None:
+    compute = Doubler()
+
+    async def scenario(busy: Batcher[Item, int]) -> None:
+        compute.free.clear()
+        first, second = (asyncio.create_task(busy.submit([Item(length)])) for length in (1, 2))
+        await asyncio.sleep(0.05)
+        third = asyncio.create_task(busy.submit([Item(3)]))
+        await asyncio.sleep(0.05)
+        assert sorted(compute.batches) == [[1], [2]] and busy.waiting == 1
+        compute.free.set()
+        assert await asyncio.gather(first, second, third) == [[2], [4], [6]]
+        assert await busy.submit([Item(length) for length in (5, 6, 7)]) == [10, 12, 14]
+
+    with ThreadPoolExecutor(2) as threads:
+        asyncio.run(scenario(batcher(compute, threads, parallel=2)))
+    assert sorted(compute.batches) == [[1], [2], [3], [5, 6], [7]]
+
+
 def test_those_that_have_gone_are_not_computed(executor: ThreadPoolExecutor) -> None:
     compute = Doubler()
 

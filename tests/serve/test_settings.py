@@ -32,8 +32,8 @@ def test_a_token_is_long_and_visible(token: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_inputs", 0), ("max_tokens", 1), ("batch_window_ms", -1), ("max_queue", 63), ("threads", 0), ("timeout_s", 0),
-     ("drain_s", float("nan"))],
+    [("max_inputs", 0), ("max_tokens", 1), ("batch_window_ms", -1), ("max_queue", 63), ("threads", 0), ("parallel", 0),
+     ("timeout_s", 0), ("drain_s", float("nan"))],
 )  # fmt: skip
 def test_limits_limit_something(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{field} must be at least"):

@@ -22,7 +22,7 @@ EXPAND_ROWS = 4
 #: Multiply-adds of a dense call below which it is over before a sparse kernel has begun.
 SMALL = 1 << 19
 #: Level -> [(most rows, density above which dense, density above which expand)]: the first line with enough rows
-#: counts, and below its densities the panels. AVX2's were measured on a Zen 3, those of AVX-512 on a Zen 5.
+#: counts, and below its densities the panels. AVX2's were measured on a Zen 3; AVX-512's are not, with these kernels.
 THRESHOLDS: dict[str, list[tuple[float, float, float]]] = {
     "scalar": [(1, 0.65, 0.4), (math.inf, 0.65, 1.0)],
     "avx2": [(1, 0.8, 0.4), (2, 0.9, 0.35), (4, 0.9, 0.5), (32, 0.9, 1.0), (math.inf, 0.7, 1.0)],

@@ -135,7 +135,8 @@ class Run:
         teacher = self.measured[0]
         origin = "cached from an earlier run" if teacher.cached else f"{teacher.seconds:.0f} s"
         stages = [f"{entry.report.name} {entry.seconds:.0f} s" for entry in self.measured[1:]]
-        return f"time: {self.seconds:.0f} s in all; teacher {origin}, {', '.join(stages)}"
+        whole = "without the ablations" if self.recipe.ablate else "in all"
+        return f"time: {self.seconds:.0f} s {whole}; teacher {origin}, {', '.join(stages)}"
 
     def gains(self) -> list[str]:
         """What distillation gained every student of a chain over other ways to train it, pruning in bytes of what it

@@ -27,7 +27,7 @@ from torch import Tensor
 from pykd.nn.codecs.four_bit import quantize_4bit
 from pykd.ops import linear_4bit_gpu
 from pykd.ops.dispatch import cuda_library, triton_available
-from pykd.ops.int4_r16 import codebook, dequantize, unpack_nibbles
+from pykd.ops.int4_r16 import dequantize, unpack_nibbles
 from pykd.ops.linear_4bit import linear_4bit
 
 SMALL = os.environ.get("PYKD_BENCH") == "small"
@@ -63,19 +63,19 @@ def layer_of(peer: str, weight: Tensor) -> Layer:
     if name == "gemlite":
         return _gemlite(unpack_nibbles(tensors.qweight, weight.shape[1]), tensors.scales), _call, size, dense
 
-    table = codebook(code, weight.device)
-
-    def call(layer: Any, x: Tensor) -> Tensor:
-        qweight, scales, zeros = layer
+    def call(layer: linear_4bit_gpu.Weight, x: Tensor) -> Tensor:
         if name == "pykd":
-            return linear_4bit(x, qweight, scales, zeros=zeros, code=code, group_size=GROUP)
+            return linear_4bit(x, layer.qweight, layer.scales, zeros=layer.zeros, code=code, group_size=GROUP)
         if name == "dense":
-            return linear_4bit_gpu.dense(x, qweight, scales, zeros, table, None, code, GROUP)
-        tiles = importlib.import_module("pykd.kernels.linear_4bit")
-        result: Tensor = tiles.linear_4bit(x, qweight, scales, zeros, table, None, code=code, group_size=GROUP)
+            return linear_4bit_gpu.dense(x, layer, None)
+        result: Tensor = importlib.import_module("pykd.kernels.linear_4bit").linear_4bit(x, layer, None)
         return result
 
-    return lambda: [None if tensor is None else tensor.clone() for tensor in tensors], call, size, dense
+    def make() -> linear_4bit_gpu.Weight:
+        copies: Any = [None if tensor is None else tensor.clone() for tensor in tensors]
+        return linear_4bit_gpu.Weight.of(*copies, code, GROUP)
+
+    return make, call, size, dense
 
 
 def _call(layer: Any, x: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ from torch import Tensor
 
 #: What a code means: (code - 8), (code - zero), table[code].
 KINDS = {"int4": 0, "uint4": 1}
+#: A weight, its tensors contiguous: (qweight, scales, zeros of uint4 or None, table of a codebook or None, code, group
+#: size), the tensors as `_linear_4bit` has them.
+Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]
+
 #: Inputs per block of a tile in either kernel.
 BLOCK_K, DENSE_BLOCK_K = 32, 64
 
@@ -130,32 +134,20 @@ def multiplies_codes(code: str, group_size: int) -> bool:
     return code in KINDS and group_size % BLOCK_K == 0
 
 
-def dequantize(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    code: str,
-    in_features: int,
-    group_size: int,
-) -> Tensor:
+def dequantize(weight: Weight, in_features: int, dtype: torch.dtype) -> Tensor:
     """The dense weight [out_features, in_features], computed in float32 and rounded once to `dtype`, in one pass.
 
     Reads the packed weight once and writes 2 or 4 bytes a weight.
     """
+    _, scales, _, _, code, group_size = weight
     out_features, groups = scales.shape
-    weight = torch.empty(out_features, in_features, dtype=dtype, device=qweight.device)
-    if weight.numel() == 0:
-        return weight
+    dense = torch.empty(out_features, in_features, dtype=dtype, device=scales.device)
+    if dense.numel() == 0:
+        return dense
     grid = (triton.cdiv(out_features, 64), triton.cdiv(in_features, DENSE_BLOCK_K))
     _dequantize[grid](
-        qweight,
-        scales,
-        qweight if zeros is None else zeros,
-        scales if table is None else table,
-        weight,
+        *_pointers(weight),
+        dense,
         out_features,
         in_features,
         groups,
@@ -165,37 +157,24 @@ def dequantize(
         BLOCK_N=64,
         BLOCK_K=DENSE_BLOCK_K,
     )
-    return weight
+    return dense
 
 
-def linear_4bit(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    *,
-    code: str,
-    group_size: int,
-) -> Tensor:
+def linear_4bit(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Launch on x [rows, in_features] with unit stride along features; `bias` float32; returns [rows, out_features]."""
+    _, scales, _, _, code, group_size = weight
     rows, in_features = x.shape
     out_features, groups = scales.shape
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    kind = KINDS.get(code, 2)
     # Triton's interpreter (tensors on the CPU) multiplies bfloat16 bit patterns as integers: float32 there.
     tensor_cores = x.is_cuda or x.dtype != torch.bfloat16
     block_m = min(max(triton.next_power_of_2(rows), 16), 64)
     grid = (triton.cdiv(rows, block_m), triton.cdiv(out_features, 64))
     _linear_4bit[grid](
         x,
-        qweight,
-        scales,
-        qweight if zeros is None else zeros,
-        scales if table is None else table,
+        *_pointers(weight),
         scales if bias is None else bias,
         y,
         rows,
@@ -204,7 +183,7 @@ def linear_4bit(
         x.stride(0),
         groups,
         GROUP=group_size,
-        KIND=kind,
+        KIND=KINDS.get(code, 2),
         HAS_BIAS=bias is not None,
         FOLD=multiplies_codes(code, group_size) and tensor_cores,
         BLOCK_M=block_m,
@@ -212,3 +191,9 @@ def linear_4bit(
         BLOCK_K=BLOCK_K,
     )
     return y
+
+
+def _pointers(weight: Weight) -> tuple[Tensor, ...]:
+    """The tensors of a weight; for one that its code does not have, any other, which is not read."""
+    qweight, scales, zeros, table, _, _ = weight
+    return qweight, scales, qweight if zeros is None else zeros, scales if table is None else table

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,23 @@ TENSOR_CORE_ROWS = 128
 #: The same where the tiles multiply in float32 (codebooks, groups that are no multiple of 32, float32 x): 96
 #: instructions, 3.2 ps, from the first tile of 64 rows on; with float32 x, 4 bytes written and read cost 2.5 ps.
 FLOAT32_ROWS = 32
+
+
+class Weight(NamedTuple):
+    """A canonical weight, contiguous, as the kernels take it; table: float32 [16] of a codebook, else None."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    table: Tensor | None
+    code: str
+    group_size: int
+
+    @classmethod
+    def of(cls, qweight: Tensor, scales: Tensor, zeros: Tensor | None, code: str, group_size: int) -> Weight:
+        """With the table of the code, on the device of the codes."""
+        zeros = None if zeros is None else zeros.contiguous()
+        return cls(qweight.contiguous(), scales.contiguous(), zeros, codebook(code, qweight.device), code, group_size)
 
 
 def cuda(
@@ -55,19 +72,14 @@ def cuda(
         )
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    weight = (qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous())
-    table = codebook(code, x.device)
+    weight = Weight.of(qweight, scales, zeros, code, group_size)
     route = choose(flat.shape[0], x.dtype, code, group_size, library=library is not None, triton=triton_available())
-    # Triton launches on the current device, which may be another one of several.
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # where kernels launch: there may be several
         if route == "dense":
-            y = dense(flat, *weight, table, bias, code, group_size)
+            y = dense(flat, weight, bias)
         else:
             bias = None if bias is None else bias.float().contiguous()
-            if route == "cuda":
-                y = launch(library, flat, *weight, table, bias, code, group_size)
-            else:
-                y = _kernels().linear_4bit(flat, *weight, table, bias, code=code, group_size=group_size)
+            y = launch(library, flat, weight, bias) if route == "cuda" else _kernels().linear_4bit(flat, weight, bias)
     return activate(y.view(*x.shape[:-1], out_features), activation)
 
 
@@ -83,16 +95,7 @@ def _kernels() -> Any:
     return importlib.import_module("pykd.kernels.linear_4bit")
 
 
-def dense(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    code: str,
-    group_size: int,
-) -> Tensor:
+def dense(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x W^T + bias by cuBLAS on x [rows, in_features], with W written out for this call.
 
     W takes out_features * in_features * 2 bytes while the call lasts (4 for float32), from torch's allocator: nothing
@@ -101,37 +104,25 @@ def dense(
     rounding (at most 2^-8 of a weight in bfloat16, 2^-11 in float16, whose range is W's too), and float32 results by
     the order of their sums. How cuBLAS adds up follows torch's settings: TensorFloat-32, reductions in 16 bits.
     """
-    weight = _kernels().dequantize(
-        qweight, scales, zeros, table, x.dtype, code=code, in_features=x.shape[1], group_size=group_size
-    )
+    written = _kernels().dequantize(weight, x.shape[1], x.dtype)
     with torch.autocast(x.device.type, enabled=False):  # x's dtype is the one that was asked for
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, written, None if bias is None else bias.to(x.dtype))
 
 
-def launch(
-    library: Any,
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    code: str,
-    group_size: int,
-) -> Tensor:
-    """The CUDA kernel on x [rows, in_features] with unit stride along features."""
-    y = torch.empty(x.shape[0], scales.shape[0], dtype=x.dtype, device=x.device)
-    pointers = [None if t is None else t.data_ptr() for t in (qweight, scales, zeros, table, bias, y)]
-    sizes = (x.shape[0], x.shape[1], scales.shape[0], group_size)
-    with torch.cuda.device(x.device):
-        status = library.pykd_cuda_linear_4bit(
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_int64(x.stride(0)),
-            *(ctypes.c_void_p(pointer) for pointer in pointers),
-            *(ctypes.c_int64(size) for size in sizes),
-            code_number(code),
-            DTYPE_CODES[x.dtype],
-            ctypes.c_void_p(cuda_stream(x.device)),
-        )
+def launch(library: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """The CUDA kernel, on the current device: x [rows, in_features] with unit stride along features, bias float32."""
+    out_features = weight.scales.shape[0]
+    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    tensors = (weight.qweight, weight.scales, weight.zeros, weight.table, bias, y)
+    sizes = (x.shape[0], x.shape[1], out_features, weight.group_size)
+    status = library.pykd_cuda_linear_4bit(
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_int64(x.stride(0)),
+        *(ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors),
+        *(ctypes.c_int64(size) for size in sizes),
+        code_number(weight.code),
+        DTYPE_CODES[x.dtype],
+        ctypes.c_void_p(cuda_stream(x.device)),
+    )
     check_cuda(status, "linear_4bit")
     return y

@@ -3,7 +3,7 @@ kernel against float64 where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -14,15 +14,19 @@ from pykd.kernels import linear_4bit as kernels
 from pykd.ops import linear_4bit_gpu as gpu
 from pykd.ops.activation import activate
 from pykd.ops.dispatch import TABLE, cuda_library
-from pykd.ops.int4_r16 import CODES, codebook, codebook_code, dequantize
+from pykd.ops.int4_r16 import CODES, codebook_code, dequantize
 from pykd.ops.linear_4bit import linear_4bit
-from pykd.ops.linear_4bit_gpu import FLOAT32_ROWS, TENSOR_CORE_ROWS, launch
+from pykd.ops.linear_4bit_gpu import FLOAT32_ROWS, TENSOR_CORE_ROWS, Weight, launch
 
 from .test_linear_4bit import SHAPES, assert_close, make
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter runs on CPU tensors
 OWN = codebook_code([value / 10 - 0.7 for value in range(16)])
+
+
+def shipped(tensors: Iterable[Tensor | None], device: str = DEVICE) -> Any:
+    return [None if tensor is None else tensor.to(device) for tensor in tensors]
 
 
 def written(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,12 +41,10 @@ def written(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def test_triton_kernel(shape: tuple[int, int, int], code: str) -> None:
     out, features, group = shape
     tensors, _, weight = make(out, features, group, code)
-    table = codebook(code, torch.device(DEVICE))
-    qweight, scales, zeros = (None if t is None else t.to(DEVICE) for t in tensors)
+    packed = Weight.of(*shipped(tensors), code, group)
     for rows, dtype in ((0, torch.float32), (1, torch.float32), (21, torch.bfloat16), (70, torch.float16)):
         x, bias = torch.randn(rows, features).to(dtype), torch.randn(out) if rows == 21 else None
-        shipped = None if bias is None else bias.to(DEVICE)
-        y = kernels.linear_4bit(x.to(DEVICE), qweight, scales, zeros, table, shipped, code=code, group_size=group)
+        y = kernels.linear_4bit(*shipped((x,)), packed, *shipped((bias,)))
         assert_close(y.cpu(), x, weight, bias)
 
 
@@ -51,18 +53,14 @@ def test_triton_kernel(shape: tuple[int, int, int], code: str) -> None:
 def test_the_weight_written_out_is_the_dequantized_one(shape: tuple[int, int, int], code: str) -> None:
     out, features, group = shape
     tensors, _, _ = make(out, features, group, code)
-    table = codebook(code, torch.device(DEVICE))
     for dtype, kind in ((F32, F16), (F16, F32), (BF16, BF16)):
         scales = tensors.scales.to(kind) * 1.01
         want = dequantize(tensors.qweight, scales, tensors.zeros, code=code, in_features=features, group_size=group)
-        shipped = [None if t is None else t.to(DEVICE) for t in (tensors.qweight, scales, tensors.zeros)]
-        got = kernels.dequantize(*shipped, table, dtype, code=code, in_features=features, group_size=group)
+        packed = Weight.of(*shipped((tensors.qweight, scales, tensors.zeros)), code, group)
+        got = kernels.dequantize(packed, features, dtype)
         assert got.shape == (out, features) and torch.equal(got.cpu(), written(want, dtype)), (code, dtype)
-    none = [None if t is None else t[:0] for t in shipped]
-    assert kernels.dequantize(*none, table, F16, code=code, in_features=features, group_size=group).shape == (
-        0,
-        features,
-    )
+    none = Weight.of(*(None if t is None else t[:0] for t in packed[:3]), code, group)
+    assert kernels.dequantize(none, features, F16).shape == (0, features)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +101,9 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     seen: list[torch.dtype] = []
     original: Callable[..., Tensor] = kernels.dequantize
 
-    def dequantize(*tensors: Any, **sizes: Any) -> Tensor:
-        seen.append(tensors[4])
-        return original(*tensors, **sizes)
+    def dequantize(weight: Weight, in_features: int, dtype: torch.dtype) -> Tensor:
+        seen.append(dtype)
+        return original(weight, in_features, dtype)
 
     monkeypatch.setattr(kernels, "dequantize", dequantize)
     monkeypatch.setattr(gpu, "cuda_library", lambda: None)
@@ -126,20 +124,19 @@ def test_beyond_the_limit_the_weight_is_written_out(
 ) -> None:
     out, features, group = shape
     tensors, _, weight = make(out, features, group, code)
-    shipped = [None if t is None else t.to(DEVICE) for t in tensors]
     bias = torch.randn(out)
     for rows in (limit, limit + 1):
         x = torch.randn(features, rows).to(dtype).t()
-        y = gpu.cuda(x.to(DEVICE), *shipped, bias.to(DEVICE), code, out, group)
+        y = gpu.cuda(*shipped((x, *tensors, bias)), code, out, group)
         assert writes == [dtype] * (rows - limit)
         assert_close(y.cpu(), x, weight, bias)
 
 
 def test_a_written_weight_with_an_activation_in_more_dimensions_and_under_autocast(writes: list[torch.dtype]) -> None:
     tensors, _, weight = make(33, 64, 32, "nf4")
-    shipped, x = [None if t is None else t.to(DEVICE) for t in tensors], torch.randn(2, FLOAT32_ROWS, 64)
+    x = torch.randn(2, FLOAT32_ROWS, 64)
     with torch.autocast(DEVICE, dtype=BF16):
-        y = gpu.cuda(x.to(DEVICE), *shipped, None, "nf4", 33, 32, activation="silu")
+        y = gpu.cuda(*shipped((x, *tensors, None)), "nf4", 33, 32, activation="silu")
     assert writes == [F32] and y.dtype == F32
     want = activate(x.double() @ weight.t(), "silu")
     torch.testing.assert_close(y.cpu().double(), want, rtol=1e-5, atol=1e-5)
@@ -147,9 +144,8 @@ def test_a_written_weight_with_an_activation_in_more_dimensions_and_under_autoca
 
 def test_in_bfloat16_the_written_weight_is_that_of_a_dense_layer(writes: list[torch.dtype]) -> None:
     tensors, _, weight = make(33, 100, 20, "uint4")
-    shipped, bias = [None if t is None else t.to(DEVICE) for t in tensors], torch.randn(33)
-    x = torch.randn(FLOAT32_ROWS + 1, 100).bfloat16()
-    y = gpu.cuda(x.to(DEVICE), *shipped, bias.to(DEVICE), "uint4", 33, 20)
+    x, bias = torch.randn(FLOAT32_ROWS + 1, 100).bfloat16(), torch.randn(33)
+    y = gpu.cuda(*shipped((x, *tensors, bias)), "uint4", 33, 20)
     assert writes == [BF16]
     assert_close(y.cpu(), x, written(weight.float(), BF16).double(), bias.bfloat16())
 
@@ -160,15 +156,14 @@ def test_in_bfloat16_the_written_weight_is_that_of_a_dense_layer(writes: list[to
 def test_on_a_gpu(shape: tuple[int, int, int], code: str) -> None:
     out, features, group = shape
     tensors, _, weight = make(out, features, group, code)
-    qweight, scales, zeros = (None if t is None else t.cuda() for t in tensors)
+    qweight, scales, zeros = shipped(tensors, "cuda")
+    packed = Weight.of(qweight, scales, zeros, code, group)
     for rows in (0, 1, 2, 5, 8, 9, 100, 200):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x, bias = torch.randn(rows, features).to(dtype), torch.randn(out)
             y = linear_4bit(x.cuda(), qweight, scales, zeros=zeros, bias=bias.cuda(), code=code, group_size=group)
             assert_close(y.cpu(), x, weight, bias)
-            native_y = launch(
-                cuda_library(), x.cuda(), qweight, scales, zeros, codebook(code, y.device), None, code, group
-            )
+            native_y = launch(cuda_library(), x.cuda(), packed, None)
             assert_close(native_y.cpu(), x, weight, None)
 
 

@@ -65,22 +65,19 @@ def cuda(
         library = None  # its kernels read float16
     if scales is None or x.dtype not in DTYPE_CODES or not (library or triton_available()):
         return reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs, activation)
-    if INPUTS[inputs]:
-        value = rounded(x, group_size)
-        return cuda(value, qweight, scales, zeros, bias, code, out_features, group_size, activation=activation).to(
-            x.dtype
-        )
-    flat = x.reshape(-1, x.shape[-1])
+    value = rounded(x, group_size) if INPUTS[inputs] else x
+    flat = value.reshape(-1, value.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     weight = Weight.of(qweight, scales, zeros, code, group_size)
-    route = choose(flat.shape[0], x.dtype, code, group_size, library=library is not None, triton=triton_available())
+    installed = {"library": library is not None, "triton": triton_available()}
+    route = choose(flat.shape[0], flat.dtype, code, group_size, **installed)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # where kernels launch: there may be several
         if route == "dense":
             y = dense(flat, weight, bias)
         else:
             bias = None if bias is None else bias.float().contiguous()
             y = launch(library, flat, weight, bias) if route == "cuda" else _kernels().linear_4bit(flat, weight, bias)
-    return activate(y.view(*x.shape[:-1], out_features), activation)
+    return activate(y.view(*x.shape[:-1], out_features), activation).to(x.dtype)
 
 
 def choose(rows: int, dtype: torch.dtype, code: str, group_size: int, *, library: bool, triton: bool) -> str:

@@ -77,15 +77,15 @@ def _linear_4bit(
         k_in = k < in_features
         inside = k_in[:, None] & n_in[None, :]
         x = tl.load(x_rows + k[None, :], mask=m_in[:, None] & k_in[None, :], other=0.0)
+        if FOLD:
+            group, group_inside = start // GROUP, n_in[None, :]
+        else:
+            group, group_inside = (k // GROUP)[:, None], inside
+        weight = _values(codes_rows, zero_rows, table_ptr, k[:, None], group, inside, group_inside, KIND)
+        scale = tl.load(scale_rows + group, mask=group_inside, other=0.0).to(tl.float32)
         if FOLD:  # small integers are exact in every dtype: multiply on the tensor cores, scale in float32
-            group = start // GROUP
-            weight = _values(codes_rows, zero_rows, table_ptr, k[:, None], group, inside, n_in[None, :], KIND)
-            scale = tl.load(scale_rows + group, mask=n_in[None, :], other=0.0).to(tl.float32)
             total += tl.dot(x, weight.to(x.dtype), input_precision="ieee") * scale
         else:
-            groups_k = (k // GROUP)[:, None]
-            weight = _values(codes_rows, zero_rows, table_ptr, k[:, None], groups_k, inside, inside, KIND)
-            scale = tl.load(scale_rows + groups_k, mask=inside, other=0.0).to(tl.float32)
             total += tl.dot(x.to(tl.float32), weight * scale, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=n_in, other=0.0)[None, :]
@@ -118,13 +118,11 @@ def _dequantize(
     scale_rows = scales_ptr + n.to(tl.int64) * groups
     zero_rows = zeros_ptr + n.to(tl.int64) * ((groups + 1) // 2)
     if ONE_GROUP:
-        group = start // GROUP
-        value = _values(codes_rows, zero_rows, table_ptr, k, group, inside, n_in, KIND)
-        scale = tl.load(scale_rows + group, mask=n_in, other=0.0)
+        group, group_inside = start // GROUP, n_in
     else:
-        groups_k = k // GROUP
-        value = _values(codes_rows, zero_rows, table_ptr, k, groups_k, inside, inside, KIND)
-        scale = tl.load(scale_rows + groups_k, mask=inside, other=0.0)
+        group, group_inside = k // GROUP, inside
+    value = _values(codes_rows, zero_rows, table_ptr, k, group, inside, group_inside, KIND)
+    scale = tl.load(scale_rows + group, mask=group_inside, other=0.0)
     weight = weight_ptr + n.to(tl.int64) * in_features + k
     tl.store(weight, (value * scale.to(tl.float32)).to(weight_ptr.dtype.element_ty), mask=inside)
 

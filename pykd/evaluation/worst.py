@@ -40,17 +40,14 @@ def worst_examples(report: Report, baseline: Report, data: DataBundle, *, limit:
     if not report.example_scores:
         return []
     places = _places(report, data)
-    beside = baseline if baseline.labels == report.labels else None
+    reports = [report, baseline] if baseline.labels == report.labels else [report]
     wrong = [i for i, place in enumerate(places) if report.labels[place] != report.predictions[place]]
     wrong.sort(key=lambda index: report.example_scores[index])
-    say = SAY[report.task]
     found = []
     for index in wrong[:limit]:
-        label, prediction = (say(report, data, index, places[index], each) for each in ("labels", "predictions"))
-        other = say(beside, data, index, places[index], "predictions", of=report) if beside is not None else ""
-        text = str(data.test[index].get("text", ""))
-        score = report.example_scores[index]
-        found.append(WorstExample(index, score, *map(shortened, (text, label, prediction, other))))
+        label, prediction, *other = SAY[report.task](reports, data, index, places[index])
+        shown = (str(data.test[index].get("text", "")), label, prediction, *(other or [""]))
+        found.append(WorstExample(index, report.example_scores[index], *map(shortened, shown)))
     return found
 
 
@@ -71,35 +68,37 @@ def _places(report: Report, data: DataBundle) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def _text(report: Report, data: DataBundle, index: int, place: slice, what: str, of: Report | None = None) -> str:
-    """A generated text, or the one that was wanted."""
-    return str(data.test[index].get("target", "")) if what == "labels" else report.texts[index]
+def _text(reports: Sequence[Report], data: DataBundle, index: int, place: slice) -> list[str]:
+    """The generated texts, after the one that was wanted."""
+    return [str(data.test[index].get("target", "")), *(report.texts[index] for report in reports)]
 
 
-def _tags(report: Report, data: DataBundle, index: int, place: slice, what: str, of: Report | None = None) -> str:
+def _tags(reports: Sequence[Report], data: DataBundle, index: int, place: slice) -> list[str]:
     """The words whose tag is wrong, each with a tag."""
-    item, numbers = data.test[index], getattr(report, what)[place]
-    known = list(item.get("labels", ()))[: len(numbers)] == list(report.labels[place])  # no word was left out between
+    item, tags, names = data.test[index], reports[0].labels[place], reports[0].class_names
+    known = list(item.get("labels", ()))[: len(tags)] == list(tags)  # no word was left out between
     words: Sequence[str] = item.get("words", ()) if known else ()
-    names = report.class_names
-    said = [f"{words[k]} {names[numbers[k]]}" if words else names[numbers[k]] for k in _wrong(of or report, place)]
-    return ", ".join(said)
+    return [
+        ", ".join(f"{words[k]} {names[tag]}" if words else names[tag] for k, tag in numbers.items())
+        for numbers in _wrong(reports, place)
+    ]
 
 
-def _tokens(report: Report, data: DataBundle, index: int, place: slice, what: str, of: Report | None = None) -> str:
+def _tokens(reports: Sequence[Report], data: DataBundle, index: int, place: slice) -> list[str]:
     """The tokens in the places that are wrong."""
-    numbers = getattr(report, what)[place]
-    found: list[str] = data.tokenizer.convert_ids_to_tokens([numbers[k] for k in _wrong(of or report, place)])
-    return " ".join(map(str, found))
+    convert = data.tokenizer.convert_ids_to_tokens
+    return [" ".join(map(str, convert(list(numbers.values())))) for numbers in _wrong(reports, place)]
 
 
-def _wrong(report: Report, place: slice) -> list[int]:
-    pairs = zip(report.labels[place], report.predictions[place], strict=True)
-    return [k for k, (label, said) in enumerate(pairs) if label != said]
+def _wrong(reports: Sequence[Report], place: slice) -> list[dict[int, int]]:
+    """Where the first report is wrong, what was wanted, then what each report has there."""
+    wanted, said = reports[0].labels[place], [report.predictions[place] for report in reports]
+    wrong = [k for k, (label, found) in enumerate(zip(wanted, said[0], strict=True)) if label != found]
+    return [{k: numbers[k] for k in wrong} for numbers in (wanted, *said)]
 
 
-#: Task -> how what was wanted ("labels") or answered ("predictions") in the wrong places of a report is written.
-SAY: dict[str, Callable[..., str]] = {
+#: Task -> how what was wanted, and after it what each report answered, is written where the first report is wrong.
+SAY: dict[str, Callable[[Sequence[Report], DataBundle, int, slice], list[str]]] = {
     "seq2seq-lm": _text,
     "token-classification": _tags,
     "causal-lm": _tokens,

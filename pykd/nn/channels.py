@@ -98,7 +98,13 @@ def remove_channels(
             if drop:
                 graph.get_pruning_group(group.root, group.prune, drop).prune()
                 changed[", ".join(group.layers)] = [group.channels, group.channels - len(drop)]
-        _run(model, example)
+        try:
+            _run(model, example)
+        except Exception as error:
+            raise ValueError(
+                f"what is left of {type(model).__name__} without these channels does not fit together ({error}): "
+                "nothing was changed; exclude the layers that it names, or use method='magnitude'"
+            ) from error
     return changed
 
 
@@ -133,7 +139,7 @@ def _graph(model: nn.Module, example: Example) -> Any:
         instead = "it runs on the example, but Torch-Pruning does not know all that it does; use method='magnitude'"
         try:
             _run(model, example)
-        except ValueError:
+        except Exception:
             instead = "pass an example that the model accepts, or prune it with method='magnitude'"
         raise ValueError(
             f"cannot follow the channels of {type(model).__name__} from layer to layer ({error!r}): {instead}"
@@ -155,16 +161,11 @@ def _logits(model: nn.Module, example: Example) -> Any:
 
 
 def _run(model: nn.Module, example: Example) -> None:
-    """One forward pass, to prove that what is left fits together; ValueError where it does not."""
+    """One forward pass; raises what the model's own code does where its layers do not fit together."""
     was_training = model.training
     try:
         with torch.inference_mode():
             _logits(model.eval(), example)
-    except Exception as error:
-        raise ValueError(
-            f"what is left of {type(model).__name__} without these channels does not fit together ({error}): nothing "
-            "was changed; exclude the layers that it names, or use method='magnitude'"
-        ) from error
     finally:
         model.train(was_training)
 

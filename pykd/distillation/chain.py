@@ -291,8 +291,10 @@ class _Run:
 
     def _told(self, spec: StudentLike) -> str:
         """What a student begins as: options as they are written, models by all that is in them."""
-        if isinstance(spec, Mapping) or self.folder is None:
-            return str(spec) if isinstance(spec, Mapping) else ""
+        if isinstance(spec, Mapping):
+            return str(spec)
+        if self.folder is None:  # nothing is kept that could be taken for another chain's
+            return ""
         return fingerprint(spec if isinstance(spec, nn.Module) else self._make(spec))
 
     def _make(self, spec: StudentLike) -> nn.Module:

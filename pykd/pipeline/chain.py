@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pykd.errors import RecipeError
 from pykd.pipeline.ablation import ablated
-from pykd.pipeline.directory import RunDirectory, held
+from pykd.pipeline.directory import STATE, RunDirectory, held
 from pykd.pipeline.result import Run
 from pykd.pipeline.runner import Pipeline
 from pykd.pipeline.workers import check_workers
@@ -78,7 +78,7 @@ def run_chain(
     together = Processes()
 
     def check() -> list[bool]:
-        again = [resume, *(resume and (folder / "run.json").exists() for folder in folders[1:])]
+        again = [resume, *(resume and (folder / STATE).exists() for folder in folders[1:])]
         for each, folder, continued in zip(recipes, folders, again, strict=True):
             RunDirectory(folder, each).check(resume=continued, overwrite=overwrite)
         return again

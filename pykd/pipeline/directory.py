@@ -23,6 +23,8 @@ logger = logging.getLogger("pykd.pipeline")
 
 FORMAT_VERSION = 1
 
+#: What a run's folder says of itself, and the log of its trainings.
+STATE, EVENTS = "run.json", "events.jsonl"
 #: Where a study writes its ranking.
 RANKING = "study.json"
 #: Folders of the runs without one component, of the trials of a search, and of what processes of their own have to say.
@@ -37,7 +39,7 @@ OWN = (
     "report.md",
     "recipe.yaml",
     "run.log",
-    "events.jsonl",
+    EVENTS,
     RANKING,
     ABLATIONS,
     SEARCH,
@@ -83,7 +85,7 @@ class RunDirectory:
 
     def check(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """The state of the run in the folder, None for a new folder; errors as :meth:`open`, and nothing is changed."""
-        if overwrite and (self.path / "run.json").exists():
+        if overwrite and (self.path / STATE).exists():
             return {}
         found = self._read()
         if found is None:
@@ -133,7 +135,7 @@ class RunDirectory:
             self.write("recipe.yaml", text)
 
     def _read(self) -> dict[str, Any] | None:
-        file = self.path / "run.json"
+        file = self.path / STATE
         if not file.exists():
             return None
         try:
@@ -171,7 +173,7 @@ class RunDirectory:
     def save(self, **state: Any) -> None:
         """Change the run's state in memory and on disk."""
         self.state = {"format_version": FORMAT_VERSION, **self.state, **state}
-        self.write("run.json", json.dumps(self.state, indent=2))
+        self.write(STATE, json.dumps(self.state, indent=2))
 
     def bind_data(self, fingerprint: str) -> None:
         """Refuse to continue on other data than the run began with."""

@@ -11,6 +11,7 @@ from pykd.evaluation.counting import saved_bytes
 from pykd.evaluation.exported import FORMATS, export
 from pykd.io.manifest import MANIFEST, read_manifest
 from pykd.models.adapter import origin
+from pykd.pipeline.directory import STATE
 from pykd.pipeline.saved import data_of, example_of, load_saved, tokenizer_of
 from pykd.recipe import RecipeLike
 
@@ -37,7 +38,7 @@ def export_saved(
     inputs where there is none, or with ``synthetic``. Returns facts to print.
     """
     folder = Path(path)
-    folder = folder / "model" if (folder / "run.json").exists() else folder
+    folder = folder / "model" if (folder / STATE).exists() else folder
     if format != "dense" and format not in FORMATS:
         raise ArtifactError(nearest("format", format, ["dense", *FORMATS]))
     model = load_saved(folder)

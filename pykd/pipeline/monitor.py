@@ -11,11 +11,8 @@ from typing import Any
 
 from pykd.errors import ArtifactError
 from pykd.monitoring.service_log import ServiceMonitor, is_service_log
+from pykd.pipeline.directory import EVENTS, STATE
 
-#: The log of events in a run's folder.
-EVENTS = "events.jsonl"
-#: What a run's folder says of itself, beside it.
-STATE = "run.json"
 #: Steps that the rate is averaged over.
 RECENT = 50
 BLOCKS = "▁▂▃▄▅▆▇█"

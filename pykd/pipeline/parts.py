@@ -8,7 +8,7 @@ from typing import Any
 
 from pykd.errors import RecipeError
 from pykd.pipeline.arms import StudyPipeline, arms_of, is_chain, measured_of
-from pykd.pipeline.directory import WORKERS, RunDirectory, held
+from pykd.pipeline.directory import STATE, WORKERS, RunDirectory, held
 from pykd.pipeline.result import Measured
 from pykd.pipeline.runner import TEACHER, Pipeline, alone
 from pykd.pipeline.workers import Part
@@ -19,7 +19,7 @@ from pykd.training.processes import Processes
 
 def make(recipe: Recipe, folder: Path, *, teachers: Path, progress: bool | None, together: Processes) -> None:
     """All stages of a recipe, or all arms of a chain, measured; without a final model and reports of their own."""
-    with held(folder, recipe, together, resume=(folder / "run.json").exists(), overwrite=False) as directory:
+    with held(folder, recipe, together, resume=(folder / STATE).exists(), overwrite=False) as directory:
         if together.shared(lambda: bool(directory.state["finished"])):
             return
         kind = StudyPipeline if is_chain(recipe) else Pipeline
@@ -41,7 +41,7 @@ def part_of(whole: Pipeline, name: str, recipe: Recipe, folder: Path, *, shared:
 
 def finished(recipe: Recipe, folder: Path) -> bool:
     """Whether a part is made."""
-    return (folder / "run.json").exists() and bool(RunDirectory.of_others(folder, recipe).state["finished"])
+    return (folder / STATE).exists() and bool(RunDirectory.of_others(folder, recipe).state["finished"])
 
 
 def results(recipe: Recipe, folder: Path) -> list[Measured]:
@@ -70,7 +70,7 @@ def do_part(recipe: Path, folder: Path, *, teachers: Path, arm: str | None = Non
 
 
 def _prepare(whole: Pipeline, recipe: Recipe, folder: Path, shared: int) -> None:
-    if (folder / "run.json").exists():
+    if (folder / STATE).exists():
         return
     with RunDirectory.open(folder, recipe, resume=False, overwrite=False) as directory:
         directory.take(whole.directory, [TEACHER, *whole.names][: shared + 1])

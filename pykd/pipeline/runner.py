@@ -24,8 +24,7 @@ from pykd.io.load import from_pretrained
 from pykd.io.save import WEIGHTS, save_pretrained
 from pykd.models.adapter import origin
 from pykd.pipeline.details import curves_of, details_of
-from pykd.pipeline.directory import RunDirectory
-from pykd.pipeline.monitor import EVENTS
+from pykd.pipeline.directory import EVENTS, RunDirectory
 from pykd.pipeline.reload import Reload, check_reload
 from pykd.pipeline.result import Finding, Measured, Run, progress_line
 from pykd.pipeline.sources import build_data, build_model, build_student, teacher_key

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pykd.errors import PykdError
+from pykd.pipeline.directory import STATE
 from pykd.serve import processes
 from pykd.serve.allowed import AllowedRecipes
 from pykd.serve.job_records import Job, JobRecords
@@ -81,7 +82,7 @@ class Jobs:
                 raise JobStateError(f"job {id} is {job.status}: only interrupted and failed jobs are resumed")
             self._room()
             fresh = replace(job, status="running", ended=None, exit_code=None, error=None)
-            return self._launch(fresh, resume=(self.run(id) / "run.json").exists())
+            return self._launch(fresh, resume=(self.run(id) / STATE).exists())
 
     def stop(self, id: str) -> Job:
         """Ctrl-C for the run, so that it leaves a checkpoint; after ``grace_s`` it is killed. Ended jobs stay as is."""
@@ -204,7 +205,7 @@ class Jobs:
 
     def _run_finished(self, id: str) -> bool:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return bool(json.loads((self.run(id) / "run.json").read_text(encoding="utf-8"))["finished"])
+            return bool(json.loads((self.run(id) / STATE).read_text(encoding="utf-8"))["finished"])
         return False
 
     def _last_line(self, id: str) -> str:

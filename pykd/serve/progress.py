@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pykd.errors import ArtifactError
-from pykd.pipeline.monitor import EVENTS, Monitor, Training
+from pykd.pipeline.directory import EVENTS, STATE
+from pykd.pipeline.monitor import Monitor, Training
 
 #: Lines of the log, and points of a curve, that are shown.
 LINES, POINTS = 12, 60
@@ -27,7 +28,7 @@ class Progress:
 
     def snapshot(self) -> list[dict[str, Any]]:
         """One entry a run, in the order in which they began."""
-        states = {file.parent: _read(file) for file in [self.folder / "run.json", *self.folder.glob("*/run.json")]}
+        states = _states(self.folder)
         begun = sorted(
             (state.get("started", ""), folder != self.folder, folder) for folder, state in states.items() if state
         )
@@ -58,9 +59,9 @@ class Progress:
 
 def report_of(folder: Path, run: str | None) -> Path | None:
     """report.html of a job's run, by default its recipe's own; None where there is none of that name."""
-    for file in [folder / "run.json", *folder.glob("*/run.json")]:
-        if run is None or _read(file).get("name") == run:
-            report = file.parent / "report.html"
+    for found, state in _states(folder).items():
+        if run is None or state.get("name") == run:
+            report = found / "report.html"
             return report if report.is_file() else None
     return None
 
@@ -91,6 +92,11 @@ def _training(training: Training) -> dict[str, Any]:
         "ended": training.ended,
         "said": training.outcome or (last["sentence"] if last else None),
     }
+
+
+def _states(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Folder of every run of a job, its recipe's own first, with what it says of itself."""
+    return {file.parent: _read(file) for file in [folder / STATE, *folder.glob(f"*/{STATE}")]}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from pykd.distillation.chain import make_link, train_link
+from pykd.distillation.chain import link_name, make_link, train_link
 from pykd.evaluation import evaluate, explanation_similarity, interleaved_latency
 from pykd.io.files import atomic_write, sha256
 from pykd.io.save import WEIGHTS, save_pretrained
@@ -44,7 +44,7 @@ class Arm:
     @property
     def name(self) -> str:
         """Also that of its folder under ``stages/``."""
-        return f"{self.student}-{self.method}"
+        return link_name(self.student, self.method)
 
 
 def arms_of(chain: Chain) -> list[Arm]:
@@ -59,7 +59,7 @@ def arms_of(chain: Chain) -> list[Arm]:
         found.append(Arm(student, "chain", guide))
         others = {"labels": None, "direct": "teacher"}
         found += [Arm(student, arm, others[arm]) for arm in chain.arms if arm == "labels" or guide != "teacher"]
-        guide = f"{student}-chain"
+        guide = link_name(student, "chain")
     return found
 
 
@@ -92,7 +92,7 @@ class StudyPipeline(Pipeline):
             atomic_write(recipe, recipe_yaml(self.recipe))
         carry_out([self._part(arm, recipe) for arm in arms], recipe.parent, workers=self.workers)
         self.measured += self.together.shared(lambda: measured_of(self.recipe, self.directory)[1:])
-        return self.directory.model(f"{list(self.chain.students)[-1]}-chain")
+        return self.directory.model(link_name(list(self.chain.students)[-1], "chain"))
 
     def _part(self, arm: Arm, recipe: Path) -> Part:
         words = ("part", str(recipe), str(self.directory.path), "--teachers", str(self.cache), "--arm", arm.name)

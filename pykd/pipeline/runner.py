@@ -164,8 +164,8 @@ class Pipeline:
         """Quality, size and speed of one stage; with that the stage is finished."""
         seconds = time.perf_counter() - began
         report = evaluate(model, self.data, name=self.labels[name], path=folder, **self.measuring())
-        if source is not None:
-            before = self.load(source)
+        before = None if source is None else self.load(source)
+        if before is not None:
             models = {"teacher": self.teacher, "before": before, "now": model}
             timed = interleaved_latency(models, self.data.example(), rounds=self.recipe.evaluate.speed_rounds)
             previous = self.measured[-1].report
@@ -175,14 +175,7 @@ class Pipeline:
         else:
             logger.info("%s: %s, %.2f MB", report.name, report.headline(), report.size_bytes / 1e6)
         made_new = name == self.names[0] and (self.recipe.student is not None or name.endswith("-chain"))
-        records = getattr(model, "pykd_report", ())
-        known = len(records) - 1 if source is None else 0 if made_new else len(getattr(before, "pykd_report", ()))
-        details = details_of(records, known)
-        if "links" in details:  # of a chain: every training of every arm, where there would be that of the last student
-            details["curves"] = curves_of(
-                self.directory.path / EVENTS, [link_name(each["student"], each["arm"]) for each in details["links"]]
-            )
-            details.pop("curve", None)
+        details = self._details(model, made_new, before)
         if source is not None and name.endswith("-prune") and not made_new:
             touched = tensor_bytes(source, folder, details.get("changed", ()))
             details["tensor_bytes"] = None if touched is None else touched._asdict()
@@ -191,6 +184,17 @@ class Pipeline:
         )
         self.measured.append(entry)
         self.directory.finish(name, entry.to_dict())
+
+    def _details(self, model: nn.Module, made_new: bool, before: nn.Module | None) -> dict[str, Any]:
+        """What a stage leaves of itself. before: the model that it began with; of a teacher the last record counts."""
+        records = getattr(model, "pykd_report", ())
+        taken = () if made_new else getattr(before, "pykd_report", ())
+        details = details_of(records, len(records) - 1 if before is None else len(taken))
+        if "links" in details:  # of a chain: every training of every arm, where there would be that of the last student
+            names = [link_name(each["student"], each["arm"]) for each in details["links"]]
+            details["curves"] = curves_of(self.directory.path / EVENTS, names)
+            details.pop("curve", None)
+        return details
 
     def measuring(self) -> dict[str, Any]:
         """How every model of the run is measured."""

@@ -17,7 +17,6 @@ import importlib
 import importlib.util
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_timing import copy_bytes_per_s, peak_extra_bytes
+from loss_timing import Logits, Step, Variant, interleaved, timed, under_autograd
 from torch import Tensor
 
 import pykd
@@ -36,16 +36,6 @@ SMALL = os.environ.get("PYKD_BENCH") == "small"
 SHAPES = [(64, 1000)] if SMALL else [(4096, 1000), (1024, 32_000), (256, 151_936)]
 ROUNDS = 1 if SMALL else 7
 TEMPERATURE, ALPHA = 4.0, 0.5
-
-#: A leaf and its copy, the student's logits: they are no leaf, as a model returns them, and the gradients are the same.
-Logits = tuple[Tensor, Tensor]
-#: One call from logits to (loss, gradient).
-Step = Callable[[Logits], tuple[Tensor, Tensor]]
-
-
-def under_autograd(logits: Tensor) -> Logits:
-    leaf = logits.detach().requires_grad_()
-    return leaf, leaf.clone()
 
 
 def torch_kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -66,7 +56,7 @@ class Case:
         self.out = torch.zeros_like(self.student)
         self.compiled: Any = torch.compile(torch_kd_loss, fullgraph=True, dynamic=False)
 
-    def variant(self, name: str) -> tuple[Callable[[], Logits], Step]:
+    def variant(self, name: str) -> Variant:
         """(preparation, step) of one variant; "bf16" in the name chooses the element type."""
         dtype = torch.bfloat16 if "bf16" in name else torch.float32
         teacher, labels = self.teacher.to(dtype), self.labels
@@ -132,17 +122,8 @@ def torch_kd_loss_double(student: Tensor, teacher: Tensor, labels: Tensor) -> Te
 def bench_kl_div(benchmark: Any, shape: tuple[int, int], name: str) -> None:
     case = Case(*shape)
     check(case, name)
-    prepare, step = case.variant(name)
-    benchmark.pedantic(step, setup=lambda: ((prepare(),), {}), rounds=ROUNDS, warmup_rounds=1)
-    median_s = benchmark.stats.stats.median
-    limit_s = statistics.median(seconds(case.limit) for _ in range(ROUNDS + 2))
     moved_bytes = 3 * case.student.numel() * (2 if "bf16" in name else 4)
-    benchmark.extra_info.update(
-        bandwidth_gb_s=moved_bytes / median_s / 1e9,
-        times_the_limit=median_s / limit_s,
-        isa=pykd.build_info()["isa"],
-        threads=torch.get_num_threads(),
-    )
+    timed(benchmark, case.variant(name), case.limit, moved_bytes=moved_bytes, rounds=ROUNDS)
 
 
 def extra_bytes(prepare: Callable[[], Logits], step: Step) -> int:
@@ -155,12 +136,6 @@ def extra_bytes(prepare: Callable[[], Logits], step: Step) -> int:
     return max(0, rise[0] - returned)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ratios(shape: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,14 +145,7 @@ def test_ratios(shape: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> N
         check(case, name)
     names = [*VARIANTS, *OTHERS]
     variants = [case.variant(name) for name in names]
-    rounds = []
-    for _ in range(ROUNDS + 1):
-        times = [seconds(case.limit)]
-        for prepare, step in variants:
-            logits = prepare()
-            times.append(seconds(lambda step=step, logits=logits: step(logits)))  # type: ignore[misc]
-        rounds.append(times)
-    rounds = rounds[1:] or rounds
+    rounds = interleaved(case.limit, variants, ROUNDS)
     extra = [extra_bytes(*variant) / 1e6 for variant in variants]
     eager, compiled = names.index("torch eager") + 1, names.index("torch compile") + 1
     limit_ms = statistics.median(r[0] for r in rounds) * 1e3

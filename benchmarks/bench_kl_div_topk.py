@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_timing import Logits, Variant, interleaved, timed, under_autograd
 from torch import Tensor
 
 import pykd
@@ -25,9 +24,6 @@ SMALL = os.environ.get("PYKD_BENCH") == "small"
 SHAPES = [(64, 1000, 16)] if SMALL else [(4096, 1000, 16), (1024, 32_000, 64), (256, 151_936, 64)]
 ROUNDS = 1 if SMALL else 7
 ALPHA = 0.5
-
-#: One call from a leaf and its copy, the student's logits, to (loss, gradient).
-Step = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 
 def torch_kd_loss_topk(student: Tensor, ids: Tensor, log_probs: Tensor, labels: Tensor, tail: bool) -> Tensor:
@@ -54,16 +50,11 @@ class Case:
         self.out = torch.zeros_like(self.student)
         self.compiled: Any = torch.compile(torch_kd_loss_topk, fullgraph=True, dynamic=False)
 
-    def logits(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A leaf, and fresh student logits that are none, as a model returns them. Not timed."""
-        leaf = self.student.detach().to(dtype).requires_grad_()
-        return leaf, leaf.clone()
-
-    def variant(self, name: str) -> tuple[Callable[[], tuple[Tensor, Tensor]], Step]:
+    def variant(self, name: str) -> Variant:
         """(preparation, step) of one variant; "bf16" and "tail" in the name choose the element type and the loss."""
         dtype, tail = torch.bfloat16 if "bf16" in name else torch.float32, "tail" in name
 
-        def step(logits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def step(logits: Logits) -> tuple[Tensor, Tensor]:
             leaf, student = logits
             if name.startswith("pykd"):
                 loss = pykd.kd_loss_topk(student, self.ids, self.log_probs, self.labels, alpha=ALPHA,
@@ -73,7 +64,7 @@ class Case:
                 loss = call(student, self.ids, self.log_probs, self.labels, tail)
             return loss, torch.autograd.grad(loss, leaf)[0]
 
-        return lambda: self.logits(dtype), step
+        return lambda: under_autograd(self.student.to(dtype)), step
 
     def limit(self) -> None:
         torch.neg(self.student, out=self.out)
@@ -102,23 +93,8 @@ def check(case: Case, name: str) -> None:
 def bench_kl_div_topk(benchmark: Any, shape: tuple[int, int, int], name: str) -> None:
     case = Case(*shape)
     check(case, name)
-    prepare, step = case.variant(name)
-    benchmark.pedantic(step, setup=lambda: ((prepare(),), {}), rounds=ROUNDS, warmup_rounds=1)
-    median_s = benchmark.stats.stats.median
-    limit_s = statistics.median(seconds(case.limit) for _ in range(ROUNDS + 2))
     moved_bytes = 2 * case.student.numel() * (2 if "bf16" in name else 4)
-    benchmark.extra_info.update(
-        bandwidth_gb_s=moved_bytes / median_s / 1e9,
-        times_the_limit=median_s / limit_s,
-        isa=pykd.build_info()["isa"],
-        threads=torch.get_num_threads(),
-    )
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    timed(benchmark, case.variant(name), case.limit, moved_bytes=moved_bytes, rounds=ROUNDS)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -129,14 +105,7 @@ def test_ratios(shape: tuple[int, int, int], capsys: pytest.CaptureFixture[str])
     for name in VARIANTS:
         check(case, name)
     variants = [case.variant(name) for name in VARIANTS]
-    rounds = []
-    for _ in range(ROUNDS + 1):
-        times = [seconds(case.limit)]
-        for prepare, step in variants:
-            logits = prepare()
-            times.append(seconds(lambda step=step, logits=logits: step(logits)))  # type: ignore[misc]
-        rounds.append(times)
-    rounds = rounds[1:] or rounds
+    rounds = interleaved(case.limit, variants, ROUNDS)
     limit_ms = statistics.median(r[0] for r in rounds) * 1e3
     where = f"{torch.get_num_threads()} threads, {pykd.build_info()['isa']}"
     lines = ["", f"kd_loss_topk {shape[0]} x {shape[1]}, k={shape[2]}, {where}, torch.neg {limit_ms:.1f} ms"]

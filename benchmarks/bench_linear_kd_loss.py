@@ -13,13 +13,13 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_timing import seconds
 from torch import Tensor
 
 import pykd
@@ -90,12 +90,6 @@ class Case:
             assert error < 1e-4, f"{name}: relative error {error:.1e}"
             first = first or got
             torch.testing.assert_close(got, first, rtol=1e-3, atol=1e-5 * float(first[2].abs().max()))
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def extra_bytes(shape: tuple[int, int, int], name: str) -> int:

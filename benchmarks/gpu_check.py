@@ -85,32 +85,20 @@ def _version(name: str) -> str | None:
         return None
 
 
-def copy_bandwidth_gb_s(torch: Any) -> float:
-    """Read plus written bytes a second of a large device-to-device copy: the limit of every memory-bound kernel."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return float(2 * source.numel() / (sorted(times)[len(times) // 2] * 1e6))
-
-
 def main() -> int:
     try:
         import torch
     except ImportError:
         print(f"gpu-check: {sys.executable} has no torch; name a Python that has it: make gpu-check PYTHON=...")
         return 2
+    from gpu_timing import copy_bytes_per_s
+
     if not torch.cuda.is_available():
         print("gpu-check: torch sees no NVIDIA GPU on this machine, so nothing was run and no result was written")
         return 2
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "environment": environment(torch)}
-    result["copy_bandwidth_gb_s"] = round(copy_bandwidth_gb_s(torch), 1)
+    copied = copy_bytes_per_s(torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_(), rounds=18)
+    result["copy_bandwidth_gb_s"] = round(copied / 1e9, 1)
     result["build"] = build(*torch.cuda.get_device_capability(0))
     benchmarks_json = BUILD / "benchmarks.json"
     inside = {"PYTHONPATH": str(STAGE), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -25,9 +25,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from answers import Kept, each_text
-from quality import measured_options, scores, stored_bytes, subjects
+from quality import measured_options, one_text, scores, stored_bytes, subjects
 from quantization_peers import torch_dynamic
 from torch import Tensor, nn
 
@@ -67,14 +66,6 @@ def encoder_bytes(model: nn.Module) -> int:
     return sum(stored_bytes(layer) for layer in dict.fromkeys(layers))
 
 
-def timed(models: Mapping[str, nn.Module], data: DataBundle, settings: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of one text, median over rounds in which all models take turns."""
-    size = settings.length
-    batch = {"input_ids": torch.full((1, size), 5), "attention_mask": torch.ones(1, size, dtype=torch.int64)}
-    found = interleaved_latency(models, {**batch, "labels": torch.zeros(1, dtype=torch.int64)}, settings.rounds)
-    return {name: found[name] for name in models}
-
-
 def answers(name: str, model: nn.Module, data: DataBundle, told: Kept) -> Tensor:
     """Log-probabilities of the classes for the held-out texts, kept in the folder."""
     if told.get(name) is None:
@@ -95,7 +86,7 @@ def rows(search: Search, data: DataBundle, settings: argparse.Namespace) -> list
     models = {FLOAT32: original, DYNAMIC: copy.deepcopy(original)}
     torch_dynamic(models[DYNAMIC], data)
     models |= {candidate.name: search.load(candidate).eval() for candidate in chosen}
-    times, whole = timed(models, data, settings), encoder_bytes(original)
+    times, whole = interleaved_latency(models, one_text(settings.length), settings.rounds), encoder_bytes(original)
     told = Kept(settings.keep / "answers", {"data": data.fingerprint, "length": settings.max_length})
     want, found = answers(FLOAT32, original, data, told), []
     for candidate in chosen:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from answers import Variant
-from onnx_peer import GROUPED, dynamic_int8, onnx_peer
+from onnx_peer import GROUPED, dynamic_int8, int4, onnx_peer
 from quality import run, stored_bytes
 from quantization_peers import INT8, OWN_PRODUCTS, PEERS, apply_peer, plain, textbook_gptq
 from torch import nn
@@ -87,8 +87,9 @@ def of_groups(settings: argparse.Namespace, size: int) -> Iterator[Variant]:
             return apply_peer(model, PEERS[name](), size)
 
         yield Variant(f"{name}{end}", peer, (rounding,), peer=True, timed=False)
-    for name, sized in GROUPED.items():
-        yield Variant(f"{name}{end}", sized(size), (rounding,), peer=True, same_layers=False)
+    for name, level in GROUPED.items():
+        apply = onnx_peer(functools.partial(int4, group_size=size, accuracy_level=level))
+        yield Variant(f"{name}{end}", apply, (rounding,), peer=True, same_layers=False)
 
 
 def ours(settings: argparse.Namespace, *, calibrates: bool = False, **options: Any) -> Any:

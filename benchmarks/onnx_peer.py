@@ -7,6 +7,7 @@ import functools
 import logging
 import pathlib
 import tempfile
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +23,6 @@ from pykd.nn.selection import select_layers
 
 #: (file of the model in float32, file to write)
 Quantize = Callable[[str, str], None]
-
-
-class Answer:
-    """What a model of transformers returns."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
 
 
 def onnx_peer(quantize: Quantize) -> Callable[[nn.Module, DataBundle], int]:
@@ -53,8 +47,8 @@ def onnx_peer(quantize: Quantize) -> Callable[[nn.Module, DataBundle], int]:
             tensors = onnx.load(folder / "quantized.onnx").graph.initializer
             size_bytes = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in tensors)
 
-        def forward(**inputs: Any) -> Answer:
-            return Answer(found(**{key: inputs[key] for key in found.names}))
+        def forward(**inputs: Any) -> types.SimpleNamespace:
+            return types.SimpleNamespace(logits=found(**{key: inputs[key] for key in found.names}))
 
         model.forward = forward
         return size_bytes
@@ -109,10 +103,5 @@ def int4(source: str, target: str, *, group_size: int, accuracy_level: int) -> N
     quantizer.model.save_model_to_file(target)
 
 
-#: Peers with groups of weights: group size -> what applies them.
-GROUPED: dict[str, Callable[[int], Callable[[nn.Module, DataBundle], int]]] = {
-    "ONNX Runtime int4": lambda size: onnx_peer(functools.partial(int4, group_size=size, accuracy_level=1)),
-    "ONNX Runtime int4, int8 activations": lambda size: onnx_peer(
-        functools.partial(int4, group_size=size, accuracy_level=4)
-    ),
-}
+#: Peers with groups of weights -> their accuracy level in `int4`.
+GROUPED = {"ONNX Runtime int4": 1, "ONNX Runtime int4, int8 activations": 4}

@@ -112,13 +112,17 @@ def ratio_lines(found: Row) -> list[str]:
     return said
 
 
+def one_text(tokens: int) -> dict[str, Tensor]:
+    """A batch of one text."""
+    return {"input_ids": torch.full((1, tokens), 5), "attention_mask": torch.ones(1, tokens, dtype=torch.int64)}
+
+
 def timed(original: nn.Module, changed: nn.Module, settings: argparse.Namespace) -> Row:
     """P50 of one text by the variant, and how many times faster than the model as it is, which takes turns with it."""
     if not settings.rounds:
         return {}
-    size = settings.max_length
-    batch = {"input_ids": torch.full((1, size), 5), "attention_mask": torch.ones(1, size, dtype=torch.int64)}
-    found = interleaved_latency({ORIGINAL: original, "variant": changed.eval()}, batch, settings.rounds)
+    models = {ORIGINAL: original, "variant": changed.eval()}
+    found = interleaved_latency(models, one_text(settings.max_length), settings.rounds)
     return {"p50_ms": found["variant"], "faster": found.speedup("variant")}
 
 

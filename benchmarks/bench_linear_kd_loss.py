@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from heads import Heads
 from loss_timing import seconds
 from torch import Tensor
 
@@ -42,19 +43,11 @@ def torch_loss(hidden: Tensor, weight: Tensor, wanted: Tensor, labels: Tensor) -
     return ALPHA * soft + (1 - ALPHA) * F.cross_entropy(student, labels)
 
 
-class Case:
-    """Hidden states and heads of one shape, and every variant as a step to (loss, gradients of hidden and weight)."""
+class Case(Heads):
+    """Every variant as a step to (loss, gradients of hidden and weight)."""
 
     def __init__(self, positions: int, features: int, classes: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        spread = 3 / features**0.5  # logits of standard deviation 3
-        self.hidden, self.teacher_hidden = (torch.randn(positions, features, generator=generator) for _ in range(2))
-        self.weight, self.teacher_weight = (
-            torch.randn(classes, features, generator=generator).mul_(spread) for _ in range(2)
-        )
-        self.labels = torch.randint(0, classes, (positions,), generator=generator)
-        self.hidden.requires_grad_()
-        self.weight.requires_grad_()
+        super().__init__(positions, features, classes)
         self.compiled: Any = torch.compile(torch_loss, fullgraph=True, dynamic=False)
 
     def loss(self, name: str) -> Tensor:
@@ -68,11 +61,7 @@ class Case:
                             alpha=ALPHA, inplace="in place" in name)  # fmt: skip
 
     def step(self, name: str) -> Step:
-        def run() -> tuple[Tensor, ...]:
-            loss = self.loss(name)
-            return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight))
-
-        return run
+        return lambda: self.differentiated(self.loss(name))
 
     def truth(self, rows: int) -> Tensor:
         """The gradient of the first hidden states in float64."""

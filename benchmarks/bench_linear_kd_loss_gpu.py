@@ -9,7 +9,6 @@ where it is installed. PYKD_BENCH=small runs the smallest shape once.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -19,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_timing import peak_extra_bytes
+from heads import Heads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -48,18 +48,11 @@ def torch_loss(
     return (soft + F.cross_entropy(student, labels, reduction="sum")) / 2
 
 
-class Case:
-    """Hidden states and heads of one shape, and every variant as a step to (loss, gradients of hidden and weight)."""
+class Case(Heads):
+    """Every variant as a step to (loss, gradients of hidden and weight)."""
 
     def __init__(self, positions: int, features: int, classes: int, device: str) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        make = functools.partial(torch.randn, generator=generator, device=device)
-        spread = 3 / features**0.5  # logits of standard deviation 3
-        self.hidden, self.teacher_hidden = (make(positions, features).bfloat16() for _ in range(2))
-        self.weight, self.teacher_weight = (make(classes, features).mul_(spread).bfloat16() for _ in range(2))
-        self.labels = torch.randint(0, classes, (positions,), generator=generator, device=device)
-        self.hidden.requires_grad_()
-        self.weight.requires_grad_()
+        super().__init__(positions, features, classes, device=device, dtype=torch.bfloat16)
         self.compiled: Any = torch.compile(torch_loss, fullgraph=True, dynamic=False)
 
     def loss(self, name: str) -> Tensor:
@@ -84,8 +77,7 @@ class Case:
         return torch.stack(parts).sum() / len(self.hidden)
 
     def step(self, name: str) -> tuple[Tensor, ...]:
-        loss = self.loss(name)
-        return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight))
+        return self.differentiated(self.loss(name))
 
     def check(self, name: str) -> None:
         """The hidden gradient of a few positions against float64, within what logits in bfloat16 cost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -77,12 +78,11 @@ class RotatingLog(RotatingFileHandler):
 
 def read_log(path: str | Path) -> Iterator[dict[str, Any]]:
     """Every whole event of a log and of the files it was rotated into, oldest first; torn lines are passed over."""
-    for file in rotated(Path(path)):
-        with open(file, "rb") as lines:
-            for line in lines:
-                event = parse(line)
-                if event is not None:
-                    yield event
+    with opened(Path(path)) as files:
+        for line in itertools.chain.from_iterable(files):
+            event = parse(line)
+            if event is not None:
+                yield event
 
 
 def rotated(path: Path) -> list[Path]:

@@ -92,6 +92,9 @@ def test_zeros_do_not_go_into_a_table_without_them(method: str) -> None:
         model[0].weight[torch.rand(48, 64) < 0.5] = 0
     with pytest.raises(ValueError, match=r"zeros, which a codebook without 0\.0 cannot keep: put 0\.0 into the table"):
         quantize(model, codebook_code(CLUSTERS), method=method, group_size=16, data=[x])
+
+
+def test_pruned_weights_under_a_table_without_zero_are_damaged() -> None:
     layer = Linear4bit.from_linear(nn.Linear(64, 48), scheme=codebook_code(LOPSIDED), group_size=16)
     layer.code = codebook_code(CLUSTERS)
     with pytest.raises(ValueError, match=r"has no 0\.0 for pruned weights: the tensors are damaged"):

@@ -21,13 +21,14 @@ from pykd.models.huggingface import load_huggingface
 from pykd.nn import Linear4bit
 from pykd.nn.slicing import feed_forward_blocks, keep_neurons
 
+BATCH = {"input_ids": torch.arange(12).view(2, 6)}
 SCHEMES: dict[str, dict[str, Any]] = {
     "groups": {"scheme": "w4a16", "group_size": 32},
     "asymmetric": {"scheme": "w4a16", "group_size": 32, "symmetric": False},
     "rows": {"scheme": "w4a16", "group_size": None},
     "w8a16": {"scheme": "w8a16"},
     "w8a8": {"scheme": "w8a8"},
-    "w8a8_static": {"scheme": "w8a8_static", "data": [{"input_ids": torch.arange(12).view(2, 6)}]},
+    "w8a8_static": {"scheme": "w8a8_static", "data": [BATCH]},
 }
 
 TRANSFORMERS_ALONE = """
@@ -53,8 +54,13 @@ def tiny_llama(**options: Any) -> Any:
     return load_huggingface(None, "causal-lm", config=config).eval()
 
 
+def exported_config(model: nn.Module, folder: Path) -> Any:
+    """What the configuration of its folder says of the quantization."""
+    pykd.export(model, folder / "model", format="compressed-tensors")
+    return json.loads((folder / "model" / "config.json").read_text())["quantization_config"]
+
+
 def test_transformers_reads_them_without_pykd(tmp_path: Path, without_pykd: Callable[..., str]) -> None:
-    batch = {"input_ids": torch.arange(12).view(2, 6)}
     for name, options in SCHEMES.items():
         model = tiny_llama()
         pykd.quantize(model, **options, embeddings="w8a16" if name == "groups" else None)
@@ -62,8 +68,8 @@ def test_transformers_reads_them_without_pykd(tmp_path: Path, without_pykd: Call
         assert record["check"]["layers"] == 7 and record["check"]["largest_difference"] < 1e-6
         assert record["notes"][0] == "dense: lm_head"
         with torch.no_grad():
-            want = logits(dense_simulation(model), batch)
-        save_file({**batch, "want": want}, tmp_path / name / "batch.safetensors")
+            want = logits(dense_simulation(model), BATCH)
+        save_file({**BATCH, "want": want}, tmp_path / name / "batch.safetensors")
     assert "embed_tokens" in json.dumps(
         json.loads((tmp_path / "groups/model/pykd_manifest.json").read_text())["stages"]
     )
@@ -73,8 +79,7 @@ def test_transformers_reads_them_without_pykd(tmp_path: Path, without_pykd: Call
 def test_the_configuration_says_the_scheme(tmp_path: Path) -> None:
     model = tiny_llama()
     pykd.quantize(model, scheme="w8a8")
-    pykd.export(model, tmp_path / "model", format="compressed-tensors")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    config = exported_config(model, tmp_path)
     assert config["quant_method"] == "compressed-tensors" and config["format"] == "int-quantized"
     assert config["ignore"] == ["lm_head"]
     group = config["config_groups"]["group_0"]
@@ -84,9 +89,8 @@ def test_the_configuration_says_the_scheme(tmp_path: Path) -> None:
 def test_static_scales_stand_beside_the_weights(tmp_path: Path) -> None:
     """x = input_scale * (code - input_zero_point), one of each for a layer."""
     model = tiny_llama()
-    pykd.quantize(model, scheme="w8a8_static", data=[{"input_ids": torch.arange(12).view(2, 6)}])
-    pykd.export(model, tmp_path / "model", format="compressed-tensors")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    pykd.quantize(model, **SCHEMES["w8a8_static"])
+    config = exported_config(model, tmp_path)
     told = config["config_groups"]["group_0"]["input_activations"]
     assert (told["strategy"], told["dynamic"], told["symmetric"]) == ("tensor", False, False)
     tensors, layer = load_file(tmp_path / "model" / "model.safetensors"), model.model.layers[0].mlp.down_proj

@@ -127,5 +127,6 @@ def test_guardrail(tmp_path: Path) -> None:
     assert routing is not None and routing.deep_share == pytest.approx(0.3, abs=0.03)
     assert "each row its branch" in (done.directory / "report.md").read_text()
     told = export_saved(done.directory / "model", tmp_path / "onnx", format="onnx")
-    assert re.fullmatch(r"\d+ of 50 labels equal, .*; \d+ rows at the threshold took their other .*", told["check"])
+    counted = r"rows at the threshold that took their other branch: \d+; tokens that took another expert as good: \d+"
+    assert re.fullmatch(rf"\d+ of 50 labels equal, .*; {counted}", told["check"])
     assert (tmp_path / "onnx" / "tokenizer.json").exists() and "onnxruntime" in told["latency"]

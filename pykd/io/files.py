@@ -8,6 +8,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def atomic_directory(
     """Give the body a temporary sibling folder to fill; when it ends well, that folder takes the place of `path`.
 
     An existing `path` must be an empty folder, or, with `overwrite`, hold nothing but the files that `owned(path)`
-    names (relative paths; None: it is not ours). If the body raises, or the process dies, `path` is what it was.
+    names (relative paths; None: it is not ours). If the body raises, or the process dies, `path` is what it was. Files
+    may be read by whom the umask permits, whatever wrote them.
     Raises ArtifactError for a path that is taken, a full disk, or a folder that cannot be written.
 
     >>> import tempfile
@@ -82,8 +84,10 @@ def atomic_directory(
         temporary.mkdir(parents=True)
         try:
             yield temporary
+            permitted = temporary.stat().st_mode & 0o666  # what the process's umask leaves
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    file.chmod(stat.S_IMODE(file.stat().st_mode) | permitted)  # safetensors' are for their owner alone
                     _sync(file)
             _sync_folder(temporary)
             check_vacant(path, overwrite=overwrite, owned=owned)

@@ -67,8 +67,10 @@ class State:
     def __post_init__(self) -> None:
         parallel = self.settings.parallel
         threads = max(1, (self.settings.threads or torch.get_num_threads()) // parallel)
-        # OpenMP counts for each thread.
-        self.compute = ThreadPoolExecutor(parallel, "pykd-compute", torch.set_num_threads, (threads,))
+        chosen = parallel > 1 or self.settings.threads is not None
+        # OpenMP counts for each thread, MKL for the process.
+        begin = (torch.set_num_threads, (threads,)) if chosen else (None, ())
+        self.compute = ThreadPoolExecutor(parallel, "pykd-compute", *begin)
 
     def stop(self) -> None:
         """Answer what is under way, refuse what comes now. Long answers end when they see `stopping`."""

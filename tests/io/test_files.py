@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,21 @@ def test_atomic_directory_appears_at_once(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert target.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_whom_the_umask_permits_can_read_what_a_folder_holds(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "model") as folder:
+            save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")  # makes a file for its owner alone
+            (folder / "config.json").write_text("{}")
+            (folder / "run.sh").write_text("true")
+            (folder / "run.sh").chmod(0o700)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
+    assert modes == {"model.safetensors": mode, "config.json": mode, "run.sh": mode | 0o700}
 
 
 def test_atomic_directory_leaves_nothing_behind_when_the_body_fails(tmp_path: Path) -> None:

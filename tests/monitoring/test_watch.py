@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +210,21 @@ def test_a_router_tells_the_embedding_of_every_row() -> None:
     data = DataBundle(train=votes, test=votes, collate=routers.collate, class_names=("no", "yes"), name="votes")
     found = measure_baseline(model, data, batch_size=16)
     assert found.rows == 40 and len(found.values["embedding_distance"]) == 40
+
+
+def test_each_thread_has_its_own_embeddings() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    inputs, both = HeadInputs(model), threading.Barrier(2)
+
+    def read(value: float) -> bool:
+        model(torch.full((2, 4), value))
+        both.wait()
+        found = inputs.take()
+        return found is not None and np.allclose(found, model[0](torch.full((2, 4), value)).detach())
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(read, [1.0, -1.0]))
+    assert inputs.take() is None
 
 
 def test_embeddings_of_many_positions_are_averaged() -> None:

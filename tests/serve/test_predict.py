@@ -79,30 +79,6 @@ def test_concurrent_requests_share_a_batch_and_get_the_answers_they_get_alone(ma
     assert 'pykd_predictions_total{model="text"} 6.0' in metrics and 'pykd_waiting_inputs{model="text"} 0.0' in metrics
 
 
-def test_models_that_compute_in_parallel_mix_nothing_up(make_app: Make) -> None:
-    app = make_app("text", parallel=2, threads=2, batch_window_ms=0.0)
-    compute = app.state.pykd.compute
-    assert [compute.submit(torch.get_num_threads).result() for _ in range(2)] == [1, 1]
-    seen: list[Answered] = []
-    app.state.pykd.observers.append(seen.append)
-    alone = {text: predict(app, text=text).json()["predictions"][0] for text in TEXTS}
-    read = {one.inputs[0]: one.answers[0].vector for one in seen}
-
-    async def at_once() -> list[httpx.Response]:
-        async with client_of(app) as client:
-            return list(await asyncio.gather(*(client.post("/predict", json={"text": text}) for text in TEXTS * 20)))
-
-    answers = asyncio.run(at_once())
-    for text, answer in zip(TEXTS * 20, answers, strict=True):
-        (prediction,) = answer.json()["predictions"]
-        assert prediction["label"] == alone[text]["label"]
-        assert prediction["score"] == pytest.approx(alone[text]["score"], abs=1e-4)
-    assert len(seen) == len(TEXTS) * 21
-    for one in seen:  # each has its own embedding
-        nearest = min(TEXTS, key=lambda text: float(abs(one.answers[0].vector - read[text]).max()))
-        assert nearest == one.inputs[0]
-
-
 def test_long_and_empty_texts(make_app: Make) -> None:
     app = make_app("text")
     answer = predict(app, text=["network " * 200, " "])  # the model has 24 positions; blanks have no token

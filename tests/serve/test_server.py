@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -21,6 +22,7 @@ from pykd.serve import Settings
 from pykd.serve.app import create_app
 from pykd.serve.server import bound, serve
 
+from .conftest import TEXTS
 from .running import listening
 
 TOKEN = "a-token-of-24-characters"
@@ -75,6 +77,22 @@ def test_it_answers_and_ends_gracefully(folders: dict[str, Path]) -> None:
     assert answers["late"].status_code == 503
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz")
+
+
+def test_models_that_compute_in_parallel_mix_nothing_up(folders: dict[str, Path]) -> None:
+    with bound("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+
+    def score(text: str) -> dict[str, float]:
+        answer = httpx.post(f"http://127.0.0.1:{port}/predict", json={"text": text, "top": 3}).json()
+        return {each["label"]: each["score"] for each in answer["predictions"][0]["top"]}
+
+    words = ("--parallel", "2", "--threads", "2", "--batch-window-ms", "0")
+    with running(str(folders["text"]), *words, port=port), ThreadPoolExecutor(8) as clients:
+        alone = {text: score(text) for text in TEXTS}
+        for text, found in zip(TEXTS * 20, clients.map(score, TEXTS * 20), strict=True):
+            assert found == pytest.approx(alone[text], abs=1e-4)
+    assert len({tuple(sorted(each.items())) for each in alone.values()}) == len(TEXTS)
 
 
 def test_a_head_that_does_not_end_or_has_no_end_takes_no_connection() -> None:

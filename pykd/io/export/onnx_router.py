@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 Hook = Callable[[Any, tuple[Tensor], Tensor], Tensor]
 
 ROUTER, SCORES, EXPERTS = "pykd-router", "scores", "expert_choices"
+#: Choices -> what those are called that differ.
+COUNTED = {SCORES: "rows_at_threshold", EXPERTS: "tokens_between_experts"}
 
 
 def choices_of(model: nn.Module) -> list[str]:
@@ -33,12 +35,12 @@ class Differences:
     """differing: how many choices differ, rows between branches and tokens between experts. largest: the largest
     difference of scores that they take, as a share of the absolute values that a score is the sum of."""
 
-    differing: dict[str, int] = field(default_factory=dict)
+    differing: dict[str, int]
     largest: float = 0.0
 
     def note(self, name: str, differing: Tensor, gaps: Tensor, terms: Tensor) -> None:
         """Take in choices: which differ, and the differences of their scores."""
-        self.differing[name] = self.differing.get(name, 0) + int(differing.sum())
+        self.differing[COUNTED[name]] += int(differing.sum())
         if len(gaps):
             self.largest = max(self.largest, float((gaps / terms.clamp_min(1e-12)).max()))
 
@@ -51,7 +53,7 @@ def made(model: nn.Module, batch: Mapping[str, Tensor], choices: Mapping[str, Te
     experts per token), or neither for a model without.
     """
     inner: Any = model
-    found = Differences()
+    found = Differences({COUNTED[name]: 0 for name in choices})
     with contextlib.ExitStack() as stack:
         if SCORES in choices:
             branches = _branches(choices[SCORES], inner.config.threshold, found)
@@ -71,7 +73,7 @@ def _branches(scores: Tensor, threshold: float, found: Differences) -> Hook:
     def hook(layer: Any, inputs: tuple[Tensor], own: Tensor) -> Tensor:
         given = scores[:, None].to(own.dtype)
         other = (own > threshold) != (given > threshold)
-        found.note("rows_at_threshold", other, (own - given).abs(), _terms(layer, inputs[0]))
+        found.note(SCORES, other, (own - given).abs(), _terms(layer, inputs[0]))
         return given
 
     return hook
@@ -85,7 +87,7 @@ def _experts(chosen: Tensor, found: Differences) -> Hook:
         best = own.topk(chosen.shape[-1], dim=-1).values[:, -1]
         given = own.masked_fill(~allowed, -torch.inf)
         gaps = best - own.masked_fill(~allowed, torch.inf).amin(-1)  # the worst of its choices, and of those given
-        found.note("tokens_between_experts", gaps > 0, gaps, _terms(layer, inputs[0]).amax(-1))
+        found.note(EXPERTS, gaps > 0, gaps, _terms(layer, inputs[0]).amax(-1))
         return given
 
     return hook

@@ -13,10 +13,11 @@ from .bitmask import pack_bits
 from .dispatch import DTYPE_CODES, TABLE, Route, native, num_threads
 from .int4_r16 import PAD_CODE, table_of
 
-#: Level -> density up to which one row is faster by the kept codes. With AVX-512 they are spread to their columns
-#: faster than memory delivers them. The other levels visit them one by one, and lose at any density: no gain there (a
-#: Zen 3 at its AVX2 level needs three times the dense kernel's time with 1 % kept).
-GAINS_UP_TO = {"avx512": 0.55}
+#: Level -> density up to which one row is faster by the kept codes. None so far: with AVX-512, spreading codes to their
+#: columns takes 0.3 ns a weight whatever is kept, 2.3 to 3.2 times the dense kernel's time (Zen 5, weights from memory,
+#: 3 to 50 % kept). The other levels visit the kept ones one by one, and lose at any density too (a Zen 3 at its AVX2
+#: level needs three times the dense kernel's time with 1 % kept).
+GAINS_UP_TO: dict[str, float] = {}
 
 #: Columns whose codes begin at a byte: groups are multiples of it.
 COLUMNS = 32

@@ -211,6 +211,9 @@ PYKD_OPS(PYKD_DECLARE)
 namespace avx512 {
 PYKD_OPS(PYKD_DECLARE)
 }
+namespace avx512_bf16 {  // for the rest, the level avx512
+PYKD_DECLARE(linear_4bit, Linear4bitArgs)
+}
 #undef PYKD_DECLARE
 
 }  // namespace pykd

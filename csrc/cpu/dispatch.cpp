@@ -30,6 +30,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512vbmi2");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 namespace tables {
@@ -46,6 +48,10 @@ namespace tables_avx512 {
 using namespace pykd::avx512;
 const Table table = {PYKD_OPS(PYKD_ENTRY)};
 }  // namespace tables_avx512
+Table with_bf16(Table table) {
+  table.linear_4bit = avx512_bf16::linear_4bit;
+  return table;
+}
 #endif
 #undef PYKD_ENTRY
 
@@ -54,6 +60,7 @@ const Level kLevels[] = {
 #ifdef PYKD_X86
     {"avx2", tables_avx2::table, has_avx2},
     {"avx512", tables_avx512::table, has_avx512},
+    {"avx512_bf16", with_bf16(tables_avx512::table), has_avx512_bf16},
 #endif
 };
 

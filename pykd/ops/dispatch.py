@@ -56,6 +56,11 @@ def dtype_code(tensor: torch.Tensor) -> int:
     return DTYPE_CODES[tensor.dtype]
 
 
+def vector_level() -> str:
+    """The level in force, or the one that it adds a few instructions to: what thresholds are measured for."""
+    return str(native.isa()).removesuffix("_bf16")
+
+
 def num_threads() -> int:
     """Threads for one native call: torch's own setting, asked at every call."""
     return torch.get_num_threads()

@@ -19,6 +19,12 @@ from pykd.ops.linear_4bit_reference import INPUTS, reference
 TABLE.extend(
     [
         Route("linear_4bit", "cpu", "int4_r16 layout; float32, bfloat16, float16", "native kernel, any number of rows"),
+        Route(
+            "linear_4bit",
+            "cpu",
+            "of these bfloat16 with int4, uint4, or a table of bfloat16 numbers, at level avx512_bf16",
+            "native kernel that multiplies bfloat16 and adds up float32",
+        ),
         Route("linear_4bit", "cpu", "canonical layout, float64, or no native module", "reference"),
         Route("linear_4bit", "cuda", "1-8 rows", "CUDA kernel, else Triton, else reference"),
         Route(

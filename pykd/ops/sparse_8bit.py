@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .activation import ACTIVATIONS, activation_gradient, check_activation
 from .bitmask import bitmask_offsets
-from .dispatch import DTYPE_CODES, TABLE, Route, lib, native, num_threads, skips_dispatcher
+from .dispatch import DTYPE_CODES, TABLE, Route, lib, native, num_threads, skips_dispatcher, vector_level
 from .sparse_panels import TILE, panels_pack
 
 #: Level -> [(most rows, density above which the dense kernel is faster)], in ascending order. AVX2's were measured on a
@@ -30,7 +30,7 @@ def least_rows(density: float) -> float:
     >>> least_rows(1.0)
     inf
     """
-    lines = [(0.0, -1.0), *DENSE_ABOVE[native.isa()]] if native is not None else []
+    lines = [(0.0, -1.0), *DENSE_ABOVE[vector_level()]] if native is not None else []
     for (fewer, _), (_, dense) in itertools.pairwise(lines):
         if density <= dense:
             return fewer + 1

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .dispatch import TABLE, Route, native, num_threads
+from .dispatch import TABLE, Route, native, num_threads, vector_level
 
 #: The most rows that the expanding kernel takes.
 EXPAND_ROWS = 4
@@ -87,8 +87,8 @@ def route(
 def by_thresholds(density: float, rows: int, *, quads: bool = False) -> str:
     """The route of a large enough weight that was not measured."""
     if quads and rows > EXPAND_ROWS:
-        return "dense" if density > QUADS_DENSE[native.isa()] else "panels"
-    for most_rows, dense, expand in THRESHOLDS[native.isa()]:
+        return "dense" if density > QUADS_DENSE[vector_level()] else "panels"
+    for most_rows, dense, expand in THRESHOLDS[vector_level()]:
         if rows <= most_rows:
             return "dense" if density > dense else "expand" if density > expand else "panels"
     raise AssertionError("the last line has no limit")

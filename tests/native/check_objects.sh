@@ -2,18 +2,19 @@
 # Checks that no code of one instruction-set level can be executed at another: object files are linked into one module,
 # and the linker keeps a single copy of an inline function that several of them define.
 #
-#   tests/native/check_objects.sh scalar|avx2|avx512 OBJECT ...
+#   tests/native/check_objects.sh scalar|avx2|avx512|avx512_bf16 OBJECT ...
 #
-# - avx2, avx512: every function or object that other files may replace or see is in the namespace of the level.
-# - scalar: no instruction encoded for AVX; avx2: none with a 512-bit or a mask register.
+# - others than scalar: every function or object that other files may replace or see is in the namespace of the level.
+# - scalar: no instruction encoded for AVX; avx2: none with a 512-bit or a mask register; avx512: none of AVX512_BF16.
 set -euo pipefail
 level=$1
 shift
 case $level in
   scalar) forbidden='^\s+[0-9a-f]+:\s+v[a-z]' ;;
   avx2) forbidden='%zmm|%k[0-7]' ;;
-  avx512) forbidden='' ;;
-  *) echo "unknown level $level; use scalar, avx2 or avx512" >&2; exit 2 ;;
+  avx512) forbidden='bf16ps' ;;
+  avx512_bf16) forbidden='' ;;
+  *) echo "unknown level $level; use scalar, avx2, avx512 or avx512_bf16" >&2; exit 2 ;;
 esac
 found=0
 for object in "$@"; do

@@ -20,6 +20,7 @@ pykd::Verbs verbs_of([[maybe_unused]] const std::string& level) {
 #ifdef PYKD_X86
   if (level == "avx2") return pykd::avx2::verbs();
   if (level == "avx512") return pykd::avx512::verbs();
+  if (level == "avx512_bf16") return pykd::avx512_bf16::verbs();
 #endif
   return pykd::scalar::verbs();
 }

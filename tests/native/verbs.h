@@ -43,5 +43,8 @@ Verbs verbs();
 namespace avx512 {
 Verbs verbs();
 }
+namespace avx512_bf16 {
+Verbs verbs();
+}
 
 }  // namespace pykd

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pykd.nn.codecs.four_bit import FourBit, quantize_4bit
 from pykd.ops.dispatch import native
-from pykd.ops.int4_r16 import CODES, dequantize, pack_r16
+from pykd.ops.int4_r16 import CODES, codebook_code, dequantize, pack_r16
 from pykd.ops.linear_4bit import linear_4bit
 from pykd.ops.linear_4bit_reference import linear_4bit_reference
 
@@ -49,6 +49,27 @@ def test_matches_float64(isa: str, shape: tuple[int, int, int], code: str) -> No
             bias = None if rows == 2 else torch.randn(out).to(torch.float32 if rows < 5 else dtype)
             y = linear_4bit(x, packed, bias=bias, code=code, out_features=out, group_size=group)
             assert_close(y, x, weight, bias)
+
+
+#: Numbers that bfloat16 holds, unlike those of nf4 and fp4.
+BF16_TABLE = codebook_code([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.125, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+@pytest.mark.parametrize("code", ["int4", "uint4", BF16_TABLE], ids=["int4", "uint4", "table"])
+def test_bfloat16_activations(isa: str, code: str) -> None:
+    for out, features, group in [(70, 67, 32), (33, 300, 20), (1, 1, 32), (64, 520, 520)]:
+        _, packed, weight = make(out, features, group, code)
+        for rows in (1, 3, 8, 9, 31, 256, 400):
+            x = torch.randn(rows, features).bfloat16()
+            bias = torch.randn(out) if rows == 9 else None
+            y = linear_4bit(x, packed, bias=bias, code=code, out_features=out, group_size=group)
+            assert_close(y, x, weight, bias)
+    x = torch.randn(2, 67).bfloat16()
+    _, packed, weight = make(40, 67, 32, code)
+    x[0, 5], x[1, 66] = torch.nan, torch.inf
+    want = F.linear(x.float(), weight.float()).bfloat16()
+    got = linear_4bit(x, packed, code=code, out_features=40, group_size=32)
+    torch.testing.assert_close(got, want, equal_nan=True)
 
 
 @pytest.mark.parametrize("code", ["int4", "nf4"])
@@ -116,9 +137,10 @@ def test_levels_agree() -> None:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
 
 
-def test_threads_change_nothing(isa: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_nothing(isa: str, dtype: torch.dtype) -> None:
     _, packed, _ = make(300, 256, 32, "int4")
-    x = torch.randn(13, 256)
+    x = torch.randn(13, 256).to(dtype)
     before = torch.get_num_threads()
     try:
         results = []

@@ -31,6 +31,7 @@ PYKD_INLINE Quad load_quad(const uint8_t* p) { return {_mm512_set1_epi32(load_fo
 PYKD_INLINE I32 max_magnitude(I32 best, F32 x) {  // of the bits without the sign: infinity and NaN are the largest
   return {_mm512_max_epi32(best.v, _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff)))};
 }
+PYKD_INLINE int32_t largest(I32 x) { return _mm512_reduce_max_epi32(x.v); }
 PYKD_INLINE void store_int8(uint8_t* p, F32 x) {  // whole numbers
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
@@ -57,6 +58,12 @@ PYKD_INLINE void store_int8(uint8_t* p, F32 x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 }
 
+PYKD_INLINE int32_t largest(I32 x) {
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+
 #else  // scalar
 
 struct I32 {
@@ -78,6 +85,7 @@ PYKD_INLINE I32 max_magnitude(I32 best, F32 x) {
   const int32_t bits = static_cast<int32_t>(float_to_bits(x.v) & 0x7fffffffu);
   return {bits > best.v ? bits : best.v};
 }
+PYKD_INLINE int32_t largest(I32 x) { return x.v; }
 PYKD_INLINE void store_int8(uint8_t* p, F32 x) { *p = static_cast<uint8_t>(static_cast<int8_t>(x.v)); }
 
 #endif
@@ -91,10 +99,8 @@ float int8_scale(const T* x, int64_t count) {
   int64_t k = 0;
   for (; k + kWidth <= count; k += kWidth) best = max_magnitude(best, load(x + k));
   if (k < count) best = max_magnitude(best, load_n(x + k, count - k, 0.0f));
-  int32_t lanes[kWidth], largest = 0;
-  store_i32(lanes, best);
-  for (const int32_t lane : lanes) largest = lane > largest ? lane : largest;
-  return largest < 0x7f800000 ? bits_to_float(static_cast<uint32_t>(largest)) / 127.0f : bits_to_float(0x7fc00000u);
+  const int32_t bits = largest(best);
+  return bits < 0x7f800000 ? bits_to_float(static_cast<uint32_t>(bits)) / 127.0f : bits_to_float(0x7fc00000u);
 }
 
 constexpr int kChunk = 16;  // codes that are rounded at a time, a multiple of every kWidth

@@ -179,7 +179,7 @@ void run(const Linear4bitArgs& a, const Int4R16& s, uint32_t* scratch, int64_t f
     const uint8_t* strip = a.packed + item * s.strip_bytes;
     for (int64_t g = 0; g < s.groups; g += step) {
       const int64_t stop = g + step < s.groups ? g + step : s.groups;
-      Prefetch prefetch = {strip + s.block(stop), group_bytes * 8 / (s.padded_group * (end - begin)) + 1};
+      Prefetch prefetch = s.prefetch(strip, g, stop, end - begin);
       for (int64_t p = begin; p < end; ++p) {
         const int64_t row = panels.row(p);
         const uint32_t* pairs = scratch + row * s.padded_k / 2 + g * s.padded_group / 2 * panels.size(p);

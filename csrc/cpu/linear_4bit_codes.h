@@ -26,6 +26,7 @@ namespace pykd::PYKD_LEVEL {
 constexpr int kCodeRows = 6;  // 2 x 6 integer and 2 x 6 float accumulators, weights, mask: 32 registers
 constexpr int code_vectors(int) { return 2; }
 constexpr int64_t kFoldAt = 65536;  // k after which sums are folded into floats, or at the end of a group
+constexpr int kEights = 4;          // 8 k at a time without a branch: a group of 32
 
 struct Sum {
   __m512i v;
@@ -45,6 +46,7 @@ PYKD_INLINE F32 to_f32(Sum sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
 constexpr int kCodeRows = 6;  // 2 x 6 accumulators, 2 weights, a quad, a product; the float totals are in memory
 constexpr int code_vectors(int rows) { return rows <= 2 ? 4 : 2; }
 constexpr int64_t kFoldAt = kLinear4bitFold;
+constexpr int kEights = 1;
 
 struct Sum {
   __m256i v;
@@ -71,6 +73,7 @@ PYKD_INLINE F32 to_f32(Sum sum) { return {_mm256_cvtepi32_ps(_mm256_madd_epi16(s
 constexpr int kCodeRows = 4;
 constexpr int code_vectors(int) { return 2; }
 constexpr int64_t kFoldAt = 65536;
+constexpr int kEights = 1;
 
 struct Sum {
   int32_t v;
@@ -90,23 +93,42 @@ PYKD_INLINE F32 to_f32(Sum sum) { return {static_cast<float>(sum.v)}; }
 
 #endif
 
-// Sums of rounded activations: of those with k % 4 < 2, and of the others.
+// Sums of rounded activations, of kChunk at a time. `start` is the word in every lane of a sum that starts.
+#if defined(PYKD_LEVEL_avx512)
+
 struct CodeSums {
-  int32_t first, second;
-  PYKD_INLINE void add(const uint8_t* codes, int64_t count) {  // a multiple of 4
-    for (int64_t k = 0; k < count; k += 4) {
+  __m128i lanes = _mm_setzero_si128();
+  PYKD_INLINE void add(const uint8_t* codes) {
+    lanes = _mm_dpbusd_epi32(lanes, _mm_set1_epi8(1), _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  }
+  PYKD_INLINE int32_t total() const {
+    const __m128i two = _mm_add_epi32(lanes, _mm_shuffle_epi32(lanes, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+  }
+  PYKD_INLINE int32_t start() const { return -8 * total(); }
+};
+
+#else
+
+struct CodeSums {
+  int32_t first = 0, second = 0;  // of k % 4 < 2, and of the others
+  PYKD_INLINE void add(const uint8_t* codes) {
+    for (int k = 0; k < kChunk; k += 4) {
       first += static_cast<int8_t>(codes[k]) + static_cast<int8_t>(codes[k + 1]);
       second += static_cast<int8_t>(codes[k + 2]) + static_cast<int8_t>(codes[k + 3]);
     }
   }
-  PYKD_INLINE int32_t start() const {  // the word in every lane of a sum that starts
+  PYKD_INLINE int32_t total() const { return first + second; }
+  PYKD_INLINE int32_t start() const {
 #if defined(PYKD_LEVEL_avx2)
     const uint32_t high = static_cast<uint32_t>(-8 * second) << 16;
     return static_cast<int32_t>(high | (static_cast<uint32_t>(-8 * first) & 0xffffu));
 #else
-    return -8 * (first + second);
+    return -8 * total();
 #endif
   }
 };
+
+#endif
 
 }  // namespace pykd::PYKD_LEVEL

@@ -34,6 +34,12 @@ struct Int4R16 {
     return wide_scales ? load(reinterpret_cast<const float*>(block) + row)
                        : load(reinterpret_cast<const F16*>(block) + row);
   }
+  // Of `tiles` that use the weights of the groups [g, stop), and of those after them.
+  PYKD_INLINE Prefetch prefetch(const uint8_t* strip, int64_t g, int64_t stop, int64_t tiles) const {
+    if (kWidth * 2 == kStrip && tiles == 1)
+      return {strip + (g > 0 ? block(g) : 0) + kAhead, (strip_bytes * 8 + padded_k - 1) / padded_k};
+    return {strip + block(stop), (scale_bytes + padded_group * (kStrip / 2)) * 8 / (padded_group * tiles) + 1};
+  }
   int64_t block(int64_t g) const {  // where group g starts in a strip
     return zero_bytes + g * (scale_bytes + padded_group * (kStrip / 2));
   }

@@ -13,8 +13,13 @@
 namespace pykd::PYKD_LEVEL {
 namespace {
 
-// Weights of a strip that stay in the first-level cache while all panels use them.
-constexpr int64_t kCachedBytes = 16384;
+// Weights of a strip that all panels use before those after them: they stay in the first-level cache, or (avx512, whose
+// steps read few bytes for their work) in the second.
+#if defined(PYKD_LEVEL_avx512)
+constexpr int64_t kPieceBytes = 262144;
+#else
+constexpr int64_t kPieceBytes = 16384;
+#endif
 
 int64_t folds_of(int64_t size) { return (size + kFoldAt - 1) / kFoldAt; }
 
@@ -41,20 +46,20 @@ void round_groups(const T* x, int rows, int m, const Linear4bitArgs& a, const In
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t size = s.size(g), left = a.in_features - g * s.group, count = left < s.group ? left : s.group;
     const float scale = int8_scale(x, count);
-    CodeSums sums{0, 0};
+    CodeSums sums;
     for (int64_t k = 0; k < size; k += kChunk) {
       uint8_t bytes[kChunk];
       round_chunk(x, k, count, scale, bytes);
       const int64_t chunk = size - k < kChunk ? size - k : kChunk;
       for (int64_t j = 0; j < chunk; j += 4) std::memcpy(codes + ((k + j) / 4 * rows + m) * 4, bytes + j, 4);
-      sums.add(bytes, chunk);
+      sums.add(bytes);
       if (k + kChunk < size && (k + kChunk) % kFoldAt != 0) continue;
       const int32_t start = sums.start();
       std::memcpy(notes + m, &start, 4);
       notes[rows + m] = scale;
-      notes[2 * rows + m] = static_cast<float>(sums.first + sums.second);
+      notes[2 * rows + m] = static_cast<float>(sums.total());
       notes += 3 * rows;
-      sums = {0, 0};
+      sums = CodeSums();
     }
     codes += size * rows;
     x += count;
@@ -92,6 +97,21 @@ PYKD_INLINE void multiply(const Nibbles (&w)[NV], const uint8_t* codes, Sum (&su
   }
 }
 
+// sum += the products of 8 k; moves on to the next ones.
+template <int NV, int MR>
+PYKD_INLINE void multiply_eight(const uint8_t*& line, const uint8_t*& codes, Prefetch& prefetch, Sum (&sum)[NV][MR]) {
+  Words words[NV];
+  Nibbles w[NV];
+  for (int i = 0; i < NV; ++i) words[i] = load_words(line + i * kWidth * 4);
+  for (int i = 0; i < NV; ++i) w[i] = low(words[i]);
+  prefetch.step<NV>();
+  multiply(w, codes, sum);
+  for (int i = 0; i < NV; ++i) w[i] = high(in_order(words[i]));
+  multiply(w, codes + 4 * MR, sum);
+  line += 4 * kStrip;
+  codes += 8 * MR;
+}
+
 // total[m][row ...] += NV * kWidth outputs of a piece for the MR rows of its panel.
 template <int NV, int MR, bool kZeros>
 void tile(const Piece& piece, int row, Prefetch& stream, float* total) {
@@ -111,17 +131,12 @@ void tile(const Piece& piece, int row, Prefetch& stream, float* total) {
         const Sum start = start_sum(load_four_bytes(reinterpret_cast<const uint8_t*>(notes + m)));
         for (int i = 0; i < NV; ++i) sum[i][m] = start;
       }
-      const int64_t eights = (size - k < kFoldAt ? size - k : kFoldAt) / 8;
-      for (int64_t e = 0; e < eights; ++e, line += 4 * kStrip, codes += 8 * MR) {
-        Words words[NV];
-        Nibbles w[NV];
-        for (int i = 0; i < NV; ++i) words[i] = load_words(line + i * kWidth * 4);
-        for (int i = 0; i < NV; ++i) w[i] = low(words[i]);
-        prefetch.step<NV>();
-        multiply(w, codes, sum);
-        for (int i = 0; i < NV; ++i) w[i] = high(in_order(words[i]));
-        multiply(w, codes + 4 * MR, sum);
+      int64_t eights = (size - k < kFoldAt ? size - k : kFoldAt) / 8;
+      for (; eights >= kEights; eights -= kEights) {
+#pragma GCC unroll 4
+        for (int e = 0; e < kEights; ++e) multiply_eight(line, codes, prefetch, sum);
       }
+      for (; eights > 0; --eights) multiply_eight(line, codes, prefetch, sum);
       for (int i = 0; i < NV; ++i) {
         const F32 scale = piece.s.scales(block, row + i * kWidth);
         F32 zero = set1(0.0f);
@@ -157,7 +172,7 @@ void rounded_rows(const Linear4bitArgs& a, const Int4R16& s, int64_t first, int6
   const Activations x(a, s, rows);
   round_panels<T>(a, s, panels, x, first);
   const int64_t group_bytes = s.scale_bytes + s.padded_group * (kStrip / 2);
-  const int64_t step = group_bytes < kCachedBytes ? kCachedBytes / group_bytes : 1;
+  const int64_t step = group_bytes < kPieceBytes ? kPieceBytes / group_bytes : 1;
   for_strips(s.strips, s.padded_k, a.threads, panels, [&](int64_t item, int64_t begin, int64_t end) {
     alignas(64) float total[kLinear4bitRows * kStrip];
     for (int64_t i = panels.row(begin) * kStrip; i < panels.row(end) * kStrip; ++i) total[i] = 0.0f;
@@ -165,7 +180,7 @@ void rounded_rows(const Linear4bitArgs& a, const Int4R16& s, int64_t first, int6
     const int64_t tiles = (end - begin) * kStrip / (code_vectors(panels.size(begin)) * kWidth);
     for (int64_t g = 0; g < s.groups; g += step) {
       const int64_t stop = g + step < s.groups ? g + step : s.groups;
-      Prefetch prefetch = {strip + s.block(stop), group_bytes * 8 / (s.padded_group * tiles) + 1};
+      Prefetch prefetch = s.prefetch(strip, g, stop, tiles);
       for (int64_t p = begin; p < end; ++p) {
         const int64_t row = panels.row(p);
         const int size = panels.size(p);

@@ -75,6 +75,9 @@ struct Prefetch {
   }
 };
 
+// How far ahead of itself a lone panel asks for its weights.
+constexpr int64_t kAhead = 8192;
+
 // --- many rows: a slab of decoded weights ---------------------------------------------------------------------------
 
 constexpr int64_t kSlab = 256;   // k at a time: 16 outputs x 256 k floats are half of a 32 KB first-level cache

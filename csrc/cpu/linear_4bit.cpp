@@ -23,6 +23,9 @@ constexpr int64_t kSlabFrom = 8, kSlabFromTable = 6;
 constexpr int64_t kSlabFrom = 8, kSlabFromTable = 8;
 #endif
 
+// Whether few rows ask for the weights of the next strip: not where the arithmetic takes longer than they do.
+constexpr bool kPrefetches = kWidth == 16;
+
 // --- activations
 // ------------------------------------------------------------------------------------------------------
 
@@ -60,7 +63,9 @@ PYKD_INLINE void multiply(const Decoder& decoder, const Words (&words)[NV], cons
 
 // total[m][row] of NV * kWidth outputs from `row` on, for the MR rows of a panel.
 template <int NV, int MR, class Decoder>
-void tile(Decoder decoder, const Int4R16& s, const uint8_t* strip, int row, const float* panel, float* total) {
+void tile(Decoder decoder, const Int4R16& s, const uint8_t* strip, int row, const float* panel, Prefetch& stream,
+          float* total) {
+  Prefetch prefetch = stream;
   const uint8_t* block = strip + s.zero_bytes;
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t eights = s.size(g) / 8;
@@ -73,6 +78,7 @@ void tile(Decoder decoder, const Int4R16& s, const uint8_t* strip, int row, cons
     for (int64_t e = 0; e < eights; ++e, line += 4 * kStrip, panel += 8 * MR) {
       Words words[NV];
       for (int i = 0; i < NV; ++i) words[i] = load_words(line + i * kWidth * 4);
+      if constexpr (kPrefetches) prefetch.step<NV>();
       multiply<0>(decoder, words, panel, sum);
       multiply<1>(decoder, words, panel, sum);
       multiply<2>(decoder, words, panel, sum);
@@ -91,6 +97,7 @@ void tile(Decoder decoder, const Int4R16& s, const uint8_t* strip, int row, cons
     }
     block += s.scale_bytes + eights * 4 * kStrip;
   }
+  stream = prefetch;
 }
 
 // --- a strip of outputs for a panel of activations
@@ -98,20 +105,20 @@ void tile(Decoder decoder, const Int4R16& s, const uint8_t* strip, int row, cons
 
 template <int MR, template <int> class Decoder>
 PYKD_INLINE void strip_rows(const Linear4bitArgs& a, const Int4R16& s, const uint8_t* strip, const float* panel,
-                            float* total) {
+                            Prefetch& prefetch, float* total) {
   constexpr int NV = vectors(MR);
   for (int i = 0; i < MR * kStrip; ++i) total[i] = 0.0f;
   for (int row = 0; row < kStrip; row += NV * kWidth)
-    tile<NV, MR>(Decoder<NV>(a.codebook), s, strip, row, panel, total);
+    tile<NV, MR>(Decoder<NV>(a.codebook), s, strip, row, panel, prefetch, total);
 }
 
 template <template <int> class Decoder, int MR = kRows>
 void strip_panel(int rows, const Linear4bitArgs& a, const Int4R16& s, const uint8_t* strip, const float* panel,
-                 float* total) {
+                 Prefetch& prefetch, float* total) {
   if constexpr (MR > 1) {
-    if (rows < MR) return strip_panel<Decoder, MR - 1>(rows, a, s, strip, panel, total);
+    if (rows < MR) return strip_panel<Decoder, MR - 1>(rows, a, s, strip, panel, prefetch, total);
   }
-  strip_rows<MR, Decoder>(a, s, strip, panel, total);
+  strip_rows<MR, Decoder>(a, s, strip, panel, prefetch, total);
 }
 
 // --- many rows: a decoded slab
@@ -176,9 +183,10 @@ void few_rows(const Linear4bitArgs& a, const Int4R16& s, int64_t first, int64_t 
   pack_panels<T, Decoder<1>::kPlaced>(a, s, panels, first);
   for_strips(s.strips, s.padded_k, a.threads, panels, [&](int64_t strip, int64_t begin, int64_t end) {
     alignas(64) float total[kRows * kStrip];
+    const uint8_t* weights = a.packed + strip * s.strip_bytes;
+    Prefetch prefetch = s.prefetch(weights, 0, s.groups, end - begin);
     for (int64_t p = begin; p < end; ++p) {
-      strip_panel<Decoder>(panels.size(p), a, s, a.packed + strip * s.strip_bytes,
-                           a.scratch + panels.row(p) * s.padded_k, total);
+      strip_panel<Decoder>(panels.size(p), a, s, weights, a.scratch + panels.row(p) * s.padded_k, prefetch, total);
       write_out<T, kStrip>(a, total, strip * kStrip, first + panels.row(p), panels.size(p));
     }
   });

@@ -138,18 +138,29 @@ template <int NV>
 struct Shifted {
   static constexpr bool kPlaced = false;
   F32 zero[NV];
-  explicit Shifted(const float*) {}
   PYKD_INLINE void group(int i, const uint8_t* zeros) { zero[i] = load_bytes(zeros); }
+#if defined(PYKD_LEVEL_avx512)
+  Table code;  // one permutation instead of a mask and a conversion
+  explicit Shifted(const float*) : code(numbers()) {}
+  static const float* numbers() {
+    alignas(64) static const float values[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return values;
+  }
   template <int kk>
   PYKD_INLINE F32 decode(Words w, int i) const {
-#if defined(PYKD_LEVEL_avx512)
-    return sub({_mm512_cvtepi32_ps(_mm512_and_si512(shifted<kk>(w), _mm512_set1_epi32(15)))}, zero[i]);
-#elif defined(PYKD_LEVEL_avx2)
+    return sub(code.template decode<kk>(w, i), zero[i]);
+  }
+#else
+  explicit Shifted(const float*) {}
+  template <int kk>
+  PYKD_INLINE F32 decode(Words w, int i) const {
+#if defined(PYKD_LEVEL_avx2)
     return sub({_mm256_cvtepi32_ps(_mm256_and_si256(shifted<kk>(w), _mm256_set1_epi32(15)))}, zero[i]);
 #else
     return sub({static_cast<float>((w.v >> place(kk)) & 15u)}, zero[i]);
 #endif
   }
+#endif
 };
 
 }  // namespace pykd::PYKD_LEVEL

@@ -110,20 +110,43 @@ PYKD_INLINE F32 load(const BF16* p) {
 PYKD_INLINE F32 load(const F16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+// The first n (0 <= n < kWidth) elements at p; the other lanes hold `fill`.
+PYKD_INLINE F32 load_n(const float* p, int64_t n, float fill) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p)};
+}
+PYKD_INLINE F32 load_n(const BF16* p, int64_t n, float fill) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return {
+      _mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(fill), _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)))};
+}
+PYKD_INLINE F32 load_n(const F16* p, int64_t n, float fill) {
+  return {_mm512_mask_cvtph_ps(_mm512_set1_ps(fill), first_lanes(n), _mm256_maskz_loadu_epi16(first_lanes(n), p))};
+}
 PYKD_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
-PYKD_INLINE __m256i bf16_bits(F32 x) {
+PYKD_INLINE __m512i odd_words() {  // the numbers of the upper halves in a pair of vectors
+  return _mm512_setr_epi32(0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019,
+                           0x001f001d, 0x00230021, 0x00270025, 0x002b0029, 0x002f002d, 0x00330031, 0x00370035,
+                           0x003b0039, 0x003f003d);
+}
+// Rounded to bf16 in the upper halves; what the lower ones hold does not count.
+PYKD_INLINE __m512i bf16_upper(F32 x) {
   const __m512i bits = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+  const __m512i even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(even, odd, bits, _mm512_set1_epi32(0x8000));
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
 }
+PYKD_INLINE __m256i bf16_bits(F32 x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_upper(x), 16)); }
+PYKD_INLINE __m256i f16_bits(F32 x) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 PYKD_INLINE void store(BF16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_bits(x)); }
-PYKD_INLINE void store(F16* p, F32 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+PYKD_INLINE void store(F16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f16_bits(x)); }
+PYKD_INLINE void store_two(BF16* p, F32 first, F32 second) {  // fewer operations than two stores
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(bf16_upper(first), odd_words(), bf16_upper(second)));
 }
+PYKD_INLINE void store_n(float* p, F32 x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.v); }
+PYKD_INLINE void store_n(BF16* p, F32 x, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), bf16_bits(x)); }
+PYKD_INLINE void store_n(F16* p, F32 x, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), f16_bits(x)); }
 PYKD_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 PYKD_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 PYKD_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -205,7 +228,7 @@ PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {
       _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, first), second)};
 }
-PYKD_INLINE F32 low_bits_to_exponent(F32 x) {
+PYKD_INLINE F32 low_bits_to_exponent(F32 x) {  // the low nine bits of x become sign and exponent, the mantissa is 0
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))};
 }
 PYKD_INLINE F32 quotient_exponent(F32 x, F32 y, F32* scaled) {
@@ -270,6 +293,7 @@ PYKD_INLINE F32 quotient_exponent(F32 x, F32 y, F32* scaled) {
 // --- verbs built from the above
 // -----------------------------------------------------------------------------------------
 
+#if !defined(PYKD_LEVEL_avx512)
 // The first n (0 <= n < kWidth) elements at p; the other lanes hold `fill`.
 template <class T>
 PYKD_INLINE F32 load_n(const T* p, int64_t n, float fill) {
@@ -278,27 +302,62 @@ PYKD_INLINE F32 load_n(const T* p, int64_t n, float fill) {
   return load(lanes);
 }
 
+#if defined(PYKD_LEVEL_avx2)
+PYKD_INLINE F32 load_n(const float* p, int64_t n, float fill) {
+  const __m256i exists =
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, exists), _mm256_castsi256_ps(exists))};
+}
+#endif
+
 template <class T>
 PYKD_INLINE void store_n(T* p, F32 x, int64_t n) {
   float lanes[kWidth];
   store(lanes, x);
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
 }
+#endif
 
-PYKD_INLINE float reduce_add(F32 x) {  // pairwise, in a fixed order
-  float lanes[kWidth];
-  store(lanes, x);
-  for (int step = kWidth / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
+// Two vectors, one behind the other.
+template <class T>
+PYKD_INLINE void store_two(T* p, F32 first, F32 second) {
+  store(p, first);
+  store(p + kWidth, second);
+}
+
+#if defined(PYKD_LEVEL_avx512) || defined(PYKD_LEVEL_avx2)
+template <class Verb>
+PYKD_INLINE float reduce(__m256 x, const Verb& verb) {
+  const __m128 four = verb(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = verb(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(verb(two, _mm_movehdup_ps(two)));
+}
+#endif
+#if defined(PYKD_LEVEL_avx512)
+PYKD_INLINE __m256 half(F32 x, int which) {
+  return which ? _mm512_extractf32x8_ps(x.v, 1) : _mm512_castps512_ps256(x.v);
+}
+#endif
+
+// The sum of all lanes, pairwise: of the two halves, of that sum's halves and so on.
+PYKD_INLINE float reduce_add(F32 x) {
+#if defined(PYKD_LEVEL_avx512)
+  return reduce(_mm256_add_ps(half(x, 0), half(x, 1)), [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+#elif defined(PYKD_LEVEL_avx2)
+  return reduce(x.v, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+#else
+  return x.v;
+#endif
 }
 
 PYKD_INLINE float reduce_max(F32 x) {
-  float lanes[kWidth];
-  store(lanes, x);
-  float best = lanes[0];
-  for (int i = 1; i < kWidth; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+#if defined(PYKD_LEVEL_avx512)
+  return reduce(_mm256_max_ps(half(x, 0), half(x, 1)), [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+#elif defined(PYKD_LEVEL_avx2)
+  return reduce(x.v, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+#else
+  return x.v;
+#endif
 }
 
 // e^(x + rest) for x + rest <= 88.7 and a rest that x + rest may swallow, to about 1 ulp; exact 0 for x below -104

@@ -165,9 +165,7 @@ PYKD_INLINE F32 select(Mask m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m
 PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {  // x * 2^n for integral n in [-127, 128]
   return {_mm512_scalef_ps(x.v, n.v)};
 }
-PYKD_INLINE F32 low_bits_to_exponent(F32 x) {  // the low nine bits of x become sign and exponent, the mantissa is 0
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
-}
+PYKD_INLINE F32 fms(F32 a, F32 b, F32 c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }  // a * b - c
 PYKD_INLINE F32 quotient_exponent(F32 x, F32 y, F32* scaled) {  // x = scaled * 2^(result * 2^-23), see `log_quotient`
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i near = _mm512_add_epi32(_mm512_sub_epi32(bits, _mm512_castps_si512(y.v)), _mm512_set1_epi32(1 << 22));
@@ -381,8 +379,8 @@ PYKD_INLINE F32 exp(F32 x, F32 rest) {
 PYKD_INLINE F32 exp(F32 x) { return exp(x, set1(0.0f)); }
 
 // e^(x * scale) for x <= 0 and a fixed scale > 0, to about 1 ulp for any scale: softmax with a temperature.
-// x * scale * log2(e) = n - r is formed with fused multiply-adds from a two-float constant, so the product is never
-// rounded. Results below 2^-126 are exactly 0, and so is e^-inf; NaN stays NaN.
+// x * scale * log2(e) = n + r is formed with fused multiply-adds from a two-float constant, so the product is never
+// rounded. Results below 2^-126 are between 0 and that, e^-inf is exactly 0; NaN stays NaN.
 struct ScaledExp {
   F32 high, low, smallest;
 };
@@ -397,6 +395,31 @@ PYKD_INLINE ScaledExp scaled_exp(double scale) {
 // and a core's schedulers are too small to find the next one behind it, so several are written side by side.
 template <int kCount>
 PYKD_INLINE void exp(const F32 (&x)[kCount], const ScaledExp* const (&constants)[kCount], F32 (&out)[kCount]) {
+#if defined(PYKD_LEVEL_avx512)
+  // n in sixteenths: 2^(n / 16 mod 1) is looked up in one register, which leaves r in [-1/32, 1/32] to a polynomial
+  // that is half as long. The table holds the bits of 2^(k / 16) less k << 19, so that adding n << 19 to entry n mod 16
+  // sets the exponent and nothing else. Minimax for (2^r - 1) / r, highest power first; relative error 1.6e-9.
+  constexpr float kPolynomial[] = {5.5502135e-2f, 2.4023429e-1f, 6.931472e-1f};
+  const __m512i table =
+      _mm512_setr_epi32(0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+                        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
+  const F32 magic = set1(786432.0f);  // 1.5 * 2^23 / 16: leaves 16 n, rounded, in the low bits of the sum
+  F32 clamped[kCount], shifted[kCount], r[kCount], p[kCount];
+  for (int i = 0; i < kCount; ++i) clamped[i] = max(constants[i]->smallest, x[i]);  // NaN: max returns the second
+  for (int i = 0; i < kCount; ++i) shifted[i] = fma(clamped[i], constants[i]->high, magic);
+  for (int i = 0; i < kCount; ++i) r[i] = fms(clamped[i], constants[i]->high, sub(shifted[i], magic));
+  for (int i = 0; i < kCount; ++i) r[i] = fma(clamped[i], constants[i]->low, r[i]);
+  for (int i = 0; i < kCount; ++i) p[i] = fma(set1(kPolynomial[0]), r[i], set1(kPolynomial[1]));
+  for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], r[i], set1(kPolynomial[2]));
+  for (int i = 0; i < kCount; ++i) p[i] = mul(p[i], r[i]);
+  for (int i = 0; i < kCount; ++i) {
+    const __m512i sixteenths = _mm512_castps_si512(shifted[i].v);
+    const __m512i bits =
+        _mm512_add_epi32(_mm512_permutexvar_epi32(sixteenths, table), _mm512_slli_epi32(sixteenths, 19));
+    const F32 power = {_mm512_castsi512_ps(bits)};
+    out[i] = fma(power, p[i], power);
+  }
+#else
   // Minimax polynomial for 2^-r on [-1/2, 1/2], highest power first; relative error 2e-9.
   constexpr float kPolynomial[] = {
       1.535336196e-4f, -1.339887502e-3f, 9.618436918e-3f, -5.550332367e-2f, 2.402264774e-1f, -6.931471825e-1f, 1.0f};
@@ -410,6 +433,7 @@ PYKD_INLINE void exp(const F32 (&x)[kCount], const ScaledExp* const (&constants)
   for (int k = 2; k < 7; ++k)
     for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], r[i], set1(kPolynomial[k]));
   for (int i = 0; i < kCount; ++i) out[i] = mul(p[i], low_bits_to_exponent(shifted[i]));
+#endif
 }
 
 // log(x / y) to about 2 ulp, also where x is close to y; x positive and normal, y in [2^-100, 2^126). Down to 2^-125

@@ -33,6 +33,7 @@ struct Scratch {
 struct Row {
   double student_reference = 0, teacher_reference = 0;
   double student_sum = 0, teacher_sum = 0, label_sum = 0, cross = 0, smooth = 0;
+  double log_ratio = 0;  // of student_sum to teacher_sum
   bool infinite = false;
 };
 
@@ -44,13 +45,16 @@ struct Context {
   ScaledExp soft, hard;
 };
 
-double power(double exponent) { return ::exp(exponent < 0 ? exponent : (exponent != exponent ? exponent : 0.0)); }
+double power(double exponent) { return exponent < 0 ? ::exp(exponent) : exponent != exponent ? exponent : 1.0; }
 
 // Moves the sums to new references; both only ever rise, or leave the 0 that stands for "nothing finite yet".
 void rebase(const Context& c, Row* row, float student_reference, float teacher_reference) {
   const double student_step = row->student_reference - student_reference;
   const double teacher_step = row->teacher_reference - teacher_reference;
   if (student_step == 0 && teacher_step == 0) return;
+  row->student_reference = student_reference;
+  row->teacher_reference = teacher_reference;
+  if (row->student_sum == 0 && row->teacher_sum == 0) return;  // nothing to move yet: each row's first chunk
   const double fs = power(c.a * student_step), ft = power(c.a * teacher_step);
   const bool reverse = c.args.direction == kReverse;
   const double drift = reverse ? student_step - teacher_step : teacher_step - student_step;
@@ -58,8 +62,6 @@ void rebase(const Context& c, Row* row, float student_reference, float teacher_r
   row->student_sum *= fs;
   row->teacher_sum *= ft;
   row->label_sum *= power(student_step);
-  row->student_reference = student_reference;
-  row->teacher_reference = teacher_reference;
 }
 
 ChunkScratch chunk_scratch(const Scratch& scratch, int64_t begin) {
@@ -69,28 +71,28 @@ ChunkScratch chunk_scratch(const Scratch& scratch, int64_t begin) {
 
 template <int kDirection, int kLabel>
 ChunkSums run_chunk(const Context& c, const Scratch& scratch, const float* student, const float* teacher, int64_t chunk,
-                    int64_t padded, const Ahead& ahead) {
+                    int64_t count, const Ahead& ahead) {
   const ChunkScratch at = chunk_scratch(scratch, chunk * kChunk);
   const F32 s0 = set1(scratch.student_reference[chunk]), t0 = set1(scratch.teacher_reference[chunk]);
   ChunkSums sums =
-      Exponentials<kDirection, kLabel, false>{student, teacher, s0, t0, c.soft, c.hard, at, ahead}.run(padded);
+      Exponentials<kDirection, kLabel, false>{student, teacher, s0, t0, c.soft, c.hard, at, ahead}.run(count);
   if (!(sums.cross - sums.cross == 0))  // NaN or infinite
-    sums = Exponentials<kDirection, kLabel, true>{student, teacher, s0, t0, c.soft, c.hard, at, ahead}.run(padded);
+    sums = Exponentials<kDirection, kLabel, true>{student, teacher, s0, t0, c.soft, c.hard, at, ahead}.run(count);
   return sums;
 }
 
 template <int kDirection>
 ChunkSums run_chunk(const Context& c, const Scratch& scratch, const float* student, const float* teacher, int64_t chunk,
-                    int64_t padded, const Ahead& ahead) {
+                    int64_t count, const Ahead& ahead) {
   switch (c.label_exp) {
     case kNone:
-      return run_chunk<kDirection, kNone>(c, scratch, student, teacher, chunk, padded, ahead);
+      return run_chunk<kDirection, kNone>(c, scratch, student, teacher, chunk, count, ahead);
     case kOwn:
-      return run_chunk<kDirection, kOwn>(c, scratch, student, teacher, chunk, padded, ahead);
+      return run_chunk<kDirection, kOwn>(c, scratch, student, teacher, chunk, count, ahead);
     case kSquare:
-      return run_chunk<kDirection, kSquare>(c, scratch, student, teacher, chunk, padded, ahead);
+      return run_chunk<kDirection, kSquare>(c, scratch, student, teacher, chunk, count, ahead);
     default:
-      return run_chunk<kDirection, kFourth>(c, scratch, student, teacher, chunk, padded, ahead);
+      return run_chunk<kDirection, kFourth>(c, scratch, student, teacher, chunk, count, ahead);
   }
 }
 
@@ -113,18 +115,17 @@ Row read_row(const Context& c, const Scratch& scratch, const S* student, const T
     scratch.student_reference[chunk] = s0;
     scratch.teacher_reference[chunk] = t0;
 
-    const int64_t padded = round_up(count, kWidth);
     const Ahead ahead{reinterpret_cast<const char*>(student + begin + count),
                       reinterpret_cast<const char*>(teacher + begin + count), sizeof(S), sizeof(T)};
     ChunkSums sums;
     if (args.direction == kForward)
-      sums = run_chunk<kForward>(c, scratch, s, t, chunk, padded, ahead);
+      sums = run_chunk<kForward>(c, scratch, s, t, chunk, count, ahead);
     else if (args.direction == kReverse)
-      sums = run_chunk<kReverse>(c, scratch, s, t, chunk, padded, ahead);
+      sums = run_chunk<kReverse>(c, scratch, s, t, chunk, count, ahead);
     else if (args.direction == kJsd)
-      sums = run_chunk<kJsd>(c, scratch, s, t, chunk, padded, ahead);
+      sums = run_chunk<kJsd>(c, scratch, s, t, chunk, count, ahead);
     else
-      sums = run_chunk<kTv>(c, scratch, s, t, chunk, padded, ahead);
+      sums = run_chunk<kTv>(c, scratch, s, t, chunk, count, ahead);
     scratch.student_sum[chunk] = sums.student;
     scratch.teacher_sum[chunk] = sums.teacher;
     row.student_sum += sums.student;
@@ -138,6 +139,7 @@ Row read_row(const Context& c, const Scratch& scratch, const S* student, const T
       if (present > 0) row.smooth += sum_of_differences(s, present, s0) + static_cast<double>(present) * s0;
     }
   }
+  row.log_ratio = ::log(row.student_sum / row.teacher_sum);
   return row;
 }
 
@@ -151,7 +153,7 @@ struct Divergence {
 double chunk_shift(const Context& c, const Scratch& scratch, const Row& row, int64_t chunk) {
   const double s_step = scratch.student_reference[chunk] - row.student_reference;
   const double t_step = scratch.teacher_reference[chunk] - row.teacher_reference;
-  return c.a * (s_step - t_step) - ::log(row.student_sum) + ::log(row.teacher_sum);
+  return c.a * (s_step - t_step) - row.log_ratio;
 }
 
 // A factor as float32 and what that is off by, relatively. The error is the same for every class of a chunk, so that it
@@ -203,12 +205,11 @@ Divergence divergence(const Context& c, const Scratch& scratch, const Row& row) 
     const bool both = row.student_sum == 0 && row.teacher_sum == 0;
     return {both ? 0.0 : static_cast<double>(INFINITY), 0, true};
   }
-  const double log_ratio = ::log(row.student_sum) - ::log(row.teacher_sum);
   switch (c.args.direction) {
     case kForward:
-      return {row.infinite ? INFINITY : c.a * row.cross / row.teacher_sum + log_ratio};
+      return {row.infinite ? INFINITY : c.a * row.cross / row.teacher_sum + row.log_ratio};
     case kReverse:
-      return {row.infinite ? INFINITY : c.a * row.cross / row.student_sum - log_ratio, 0, row.infinite};
+      return {row.infinite ? INFINITY : c.a * row.cross / row.student_sum - row.log_ratio, 0, row.infinite};
     case kJsd:
       return mixture_of_row<kJsd>(c, scratch, row);
     default:

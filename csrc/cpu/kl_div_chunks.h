@@ -17,11 +17,10 @@ constexpr int64_t kChunk = 256 * kWidth;
 PYKD_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Brings `count` classes into float32 and finds their maximum. `available` of them exist at `source`, the others are
-// -inf (narrower vocabulary). The result is `source` itself where that needs no change, else `buffer`, filled up to a
-// whole vector with -FLT_MAX: a finite number, so that lanes that are no class never meet the rules for -inf.
+// -inf (narrower vocabulary). The result is `source` itself where that needs no change, else `buffer`.
 template <class T>
 inline const float* stage_chunk(const T* source, int64_t available, int64_t count, float* buffer, float* maximum) {
-  const bool direct = std::is_same<T, float>::value && available >= count && count % kWidth == 0;
+  const bool direct = std::is_same<T, float>::value && available >= count;
   if (available > count) available = count;
   if (available < 0) available = 0;
   constexpr int kVectors = 4;
@@ -41,7 +40,6 @@ inline const float* stage_chunk(const T* source, int64_t available, int64_t coun
   *maximum = reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
   if (direct) return reinterpret_cast<const float*>(source);
   for (i = available; i < count; ++i) buffer[i] = -INFINITY;
-  for (i = count; i < round_up(count, kWidth); ++i) buffer[i] = -FLT_MAX;
   return buffer;
 }
 
@@ -93,9 +91,13 @@ struct Ahead {
   const char *student, *teacher;
   int student_bytes, teacher_bytes;  // per class
 
+  template <int kVectors>
   PYKD_INLINE void fetch(int64_t at) const {
-    __builtin_prefetch(student + at * student_bytes);
-    __builtin_prefetch(teacher + at * teacher_bytes);
+    constexpr int64_t kLine = 16;  // classes of float32; half as many lines would do for bf16
+    for (int64_t i = at; i < at + kVectors * kWidth; i += kLine) {
+      __builtin_prefetch(student + i * student_bytes);
+      __builtin_prefetch(teacher + i * teacher_bytes);
+    }
   }
 };
 
@@ -111,21 +113,22 @@ struct Exponentials {
   F32 student_sum = set1(0.0f), teacher_sum = set1(0.0f), label_sum = set1(0.0f), cross = set1(0.0f);
   F32 infinite = set1(0.0f);
 
-  template <int kVectors>
-  PYKD_INLINE void step(int64_t at) {
+  // `read(x)` is the logits of a vector at x.
+  template <int kVectors, class Read>
+  PYKD_INLINE void step(int64_t at, const Read& read) {
     constexpr int kEach = kLabel == kOwn ? 3 : 2;  // exponentials per class
     F32 x[kEach * kVectors], e[kEach * kVectors];
     const ScaledExp* constants[kEach * kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      x[kEach * v] = sub(load(student + at + v * kWidth), student_reference);
-      x[kEach * v + 1] = sub(load(teacher + at + v * kWidth), teacher_reference);
+      x[kEach * v] = sub(read(student + at + v * kWidth), student_reference);
+      x[kEach * v + 1] = sub(read(teacher + at + v * kWidth), teacher_reference);
       constants[kEach * v] = constants[kEach * v + 1] = &soft;
       if (kLabel == kOwn) {
         x[kEach * v + kEach - 1] = x[kEach * v];
         constants[kEach * v + kEach - 1] = &hard;
       }
     }
-    ahead.fetch(at);
+    ahead.fetch<kVectors>(at);
     exp(x, constants, e);
     for (int v = 0; v < kVectors; ++v)
       gather(at + v * kWidth, x[kEach * v], x[kEach * v + 1], e[kEach * v], e[kEach * v + 1], e[kEach * v + kEach - 1]);
@@ -152,11 +155,14 @@ struct Exponentials {
     }
   }
 
-  PYKD_INLINE ChunkSums run(int64_t padded) {
+  // Lanes behind the last class hold -FLT_MAX: a finite number, so that they never meet the rules for -inf.
+  PYKD_INLINE ChunkSums run(int64_t count) {
     int64_t at = 0;
     constexpr int kVectors = kVectorsAtATime<kLabel>;
-    for (; at + kVectors * kWidth <= padded; at += kVectors * kWidth) step<kVectors>(at);
-    for (; at < padded; at += kWidth) step<1>(at);
+    const auto whole = [](const float* x) { return load(x); };
+    for (; at + kVectors * kWidth <= count; at += kVectors * kWidth) step<kVectors>(at, whole);
+    for (; at + kWidth <= count; at += kWidth) step<1>(at, whole);
+    if (at < count) step<1>(at, [&](const float* x) { return load_n(x, count - at, -FLT_MAX); });
     return {reduce_add(student_sum), reduce_add(teacher_sum), reduce_add(label_sum), reduce_add(cross),
             kCareful && reduce_max(infinite) > 0.0f};
   }
@@ -258,6 +264,7 @@ inline void write_gradient(T* gradient, int64_t count, const ChunkScratch& scrat
     return fma(es, student, fma(load(scratch.other + i), other, sum));
   };
   int64_t i = 0;
+  for (; i + 2 * kWidth <= count; i += 2 * kWidth) store_two(gradient + i, at(i), at(i + kWidth));
   for (; i + kWidth <= count; i += kWidth) store(gradient + i, at(i));
   if (i < count) store_n(gradient + i, at(i), count - i);
 }

@@ -4,7 +4,7 @@ and uint4 with activations rounded to int8 inside the call (w4a8)."""
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,32 +124,27 @@ def _check(
     group_size: int,
     inputs: str,
 ) -> None:
-    code_number(code)
-    if inputs not in INPUTS:
-        raise ValueError(nearest("way to take inputs", inputs, INPUTS))
-    if INPUTS[inputs] and code not in ("int4", "uint4"):
-        raise ValueError(f"inputs='int8' needs weights that are whole numbers, int4 or uint4, got {code!r}")
-    if x.dim() < 1 or x.shape[-1] < 1 or not x.is_floating_point():
+    features = x.shape[-1] if x.dim() else 0
+    if features < 1 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [..., in_features >= 1], got {x.dtype} {list(x.shape)}")
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias must have shape [{out}], one per output, got {list(bias.shape)}")
     if scales is None:
         sizes_of = _packed_sizes if torch.compiler.is_compiling() else _remembered_sizes
-        sizes = sizes_of(out, x.shape[-1], group_size, code)
+        sizes = sizes_of(out, features, group_size, code, inputs)
         # Two comparisons: the compiler does not find a symbolic size `in` a tuple.
         if qweight.dim() != 1 or (qweight.shape[0] != sizes[0] and qweight.shape[0] != sizes[1]):
             raise ValueError(
-                f"a weight in the CPU layout for {out} x {x.shape[-1]}, group_size {group_size}, {code} has {sizes[0]} "
+                f"a weight in the CPU layout for {out} x {features}, group_size {group_size}, {code} has {sizes[0]} "
                 f"bytes ({sizes[1]} with float32 scales), got {list(qweight.shape)}: pass the sizes that it was "
                 "packed with"
             )
         return
-    groups = groups_of(x.shape[-1], group_size).number
-    if qweight.shape != (out, -(-x.shape[-1] // 2)) or scales.shape != (out, groups):
+    _check_options(group_size, code, inputs)
+    groups = groups_of(features, group_size).number
+    if qweight.shape != (out, -(-features // 2)) or scales.shape != (out, groups):
         raise ValueError(
-            f"x with {x.shape[-1]} features and group_size {group_size} needs qweight [{out}, {-(-x.shape[-1] // 2)}] "
+            f"x with {features} features and group_size {group_size} needs qweight [{out}, {-(-features // 2)}] "
             f"and scales [{out}, {groups}], got {list(qweight.shape)} and {list(scales.shape)}"
         )
     if scales.dtype not in DTYPE_CODES:
@@ -158,8 +153,19 @@ def _check(
         raise ValueError(f"zeros of shape [{out}, {-(-groups // 2)}] go with code 'uint4' and with no other code")
 
 
-def _packed_sizes(out_features: int, in_features: int, group_size: int, code: str) -> tuple[int, int]:
-    """Bytes of the CPU layout with float16 scales and with float32 scales."""
+def _check_options(group_size: int, code: str, inputs: str) -> None:
+    code_number(code)
+    if inputs not in INPUTS:
+        raise ValueError(nearest("way to take inputs", inputs, INPUTS))
+    if INPUTS[inputs] and code not in ("int4", "uint4"):
+        raise ValueError(f"inputs='int8' needs weights that are whole numbers, int4 or uint4, got {code!r}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+
+
+def _packed_sizes(out_features: int, in_features: int, group_size: int, code: str, inputs: str) -> tuple[int, int]:
+    """Bytes of the CPU layout with float16 scales and with float32 scales, of options that were checked."""
+    _check_options(group_size, code, inputs)
     narrow, wide = (
         packed_bytes(out_features, in_features, group_size, code=code, wide_scales=wide) for wide in (False, True)
     )
@@ -167,9 +173,30 @@ def _packed_sizes(out_features: int, in_features: int, group_size: int, code: st
 
 
 _remembered_sizes = functools.cache(_packed_sizes)  # not for compilers, which warn of caches
+_ROWS: int = native.linear_4bit_rows if native is not None else 0  # of which scratch memory is needed at a time
 
 
-@functools.cache
+class _Constants(NamedTuple):
+    """What every native call with a weight of the same sizes passes on."""
+
+    narrow_bytes: int  # of the layout with float16 scales
+    scratch_per_row: int
+    table: Tensor | None
+    code: int
+    rounds: bool
+
+
+@functools.cache  # one look-up: small calls cost what Python costs
+def _constants(out_features: int, in_features: int, group_size: int, code: str, inputs: str) -> _Constants:
+    return _Constants(
+        _packed_sizes(out_features, in_features, group_size, code, inputs)[0],
+        _scratch_per_row(in_features, group_size, inputs),
+        codebook(code, torch.device("cpu")),
+        code_number(code),
+        INPUTS[inputs],
+    )
+
+
 def _scratch_per_row(in_features: int, group_size: int, inputs: str) -> int:
     """float32 elements: see `scratch` of Linear4bitArgs in csrc/ops.h."""
     groups = groups_of(in_features, group_size)
@@ -196,13 +223,14 @@ def _cpu(
     if native is None or scales is not None or x.dtype not in DTYPE_CODES:
         return reference(x, qweight, scales, zeros, bias, code, out_features, group_size, inputs, activation)
     features = x.shape[-1]
-    flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, features).contiguous()
+    is_matrix = x.dim() == 2
+    flat = x if is_matrix and x.stride(1) == 1 else x.reshape(-1, features).contiguous()
     rows = flat.shape[0]
+    narrow_bytes, per_row, table, number, rounds = _constants(out_features, features, group_size, code, inputs)
     y = torch.empty(rows, out_features, dtype=x.dtype)
     if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    scratch = scratch_for(min(rows, native.linear_4bit_rows) * _scratch_per_row(features, group_size, inputs))
-    table = codebook(code, qweight.device)
+    scratch = scratch_for(min(rows, _ROWS) * per_row)
     native.linear_4bit(
         flat.data_ptr(),
         flat.stride(0),
@@ -215,15 +243,15 @@ def _cpu(
         features,
         out_features,
         group_size,
-        code_number(code),
-        qweight.numel() != _remembered_sizes(out_features, features, group_size, code)[0],
-        INPUTS[inputs],
+        number,
+        qweight.numel() != narrow_bytes,
+        rounds,
         ACTIVATIONS[activation],
         DTYPE_CODES[x.dtype],
         0 if bias is None else DTYPE_CODES[bias.dtype],
         num_threads(),
     )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+    return y if is_matrix else y.view(*x.shape[:-1], out_features)
 
 
 torch.library.impl(lib, "linear_4bit", "CompositeExplicitAutograd")(reference)

@@ -99,14 +99,14 @@ struct StudentExponentials {
   int64_t bytes;      // per class
   F32 sum = set1(0.0f), label_sum = set1(0.0f);
 
-  template <int kVectors>
-  PYKD_INLINE void step(int64_t at) {
+  template <int kVectors, class Read>
+  PYKD_INLINE void step(int64_t at, const Read& read) {
     constexpr int kEach = kLabel == kOwn ? 2 : 1;
     F32 x[kEach * kVectors], e[kEach * kVectors];
     const ScaledExp* constants[kEach * kVectors];
     for (int v = 0; v < kVectors; ++v)
       for (int i = 0; i < kEach; ++i) {
-        x[kEach * v + i] = sub(load(logits + at + v * kWidth), reference);
+        x[kEach * v + i] = sub(read(logits + at + v * kWidth), reference);
         constants[kEach * v + i] = i == 0 ? &soft : &hard;
       }
     __builtin_prefetch(ahead + at * bytes);
@@ -120,10 +120,13 @@ struct StudentExponentials {
     }
   }
 
-  PYKD_INLINE void run(int64_t padded) {
+  // Lanes behind the last class hold -FLT_MAX, as in `Exponentials`.
+  PYKD_INLINE void run(int64_t count) {
     int64_t at = 0;
-    for (; at + 4 * kWidth <= padded; at += 4 * kWidth) step<4>(at);
-    for (; at < padded; at += kWidth) step<1>(at);
+    const auto whole = [](const float* x) { return load(x); };
+    for (; at + 4 * kWidth <= count; at += 4 * kWidth) step<4>(at, whole);
+    for (; at + kWidth <= count; at += kWidth) step<1>(at, whole);
+    if (at < count) step<1>(at, [&](const float* x) { return load_n(x, count - at, -FLT_MAX); });
   }
 };
 
@@ -176,7 +179,7 @@ Sums sum_others(const Context& c, const Scratch& scratch, const S* student, Row*
                                     scratch.label ? scratch.label + begin : nullptr,
                                     reinterpret_cast<const char*>(student + begin + count),
                                     sizeof(S)};
-    run.run(round_up(count, kWidth));
+    run.run(count);
     sums.soft += reduce_add(run.sum);
     sums.label += reduce_add(run.label_sum);
   }

@@ -23,9 +23,6 @@ constexpr int64_t kSlabFrom = 8, kSlabFromTable = 6;
 constexpr int64_t kSlabFrom = 8, kSlabFromTable = 8;
 #endif
 
-// Whether few rows ask for the weights of the next strip: not where the arithmetic takes longer than they do.
-constexpr bool kPrefetches = kWidth == 16;
-
 // --- activations
 // ------------------------------------------------------------------------------------------------------
 

@@ -164,7 +164,8 @@ PYKD_INLINE void multiply(const Codes (&codes)[NV], const float* x, F32 (&sum)[N
 }
 
 template <int NV, int MR>
-void float_tile(const uint8_t* strip, int row, int64_t quads, const float* panel, float* total) {
+void float_tile(const uint8_t* strip, int row, int64_t quads, const float* panel, Prefetch& stream, float* total) {
+  Prefetch prefetch = stream;
   F32 sum[NV][MR];
   for (int i = 0; i < NV; ++i)
     for (int m = 0; m < MR; ++m) sum[i][m] = set1(0.0f);
@@ -172,23 +173,25 @@ void float_tile(const uint8_t* strip, int row, int64_t quads, const float* panel
   for (int64_t q = 0; q < quads; ++q, line += kStep, panel += 4 * MR) {
     Codes codes[NV];
     for (int i = 0; i < NV; ++i) codes[i] = load_codes(line + i * kWidth * 4);
+    if constexpr (kPrefetches) prefetch.step<NV>();
     multiply<0>(codes, panel, sum);
     multiply<1>(codes, panel, sum);
     multiply<2>(codes, panel, sum);
     multiply<3>(codes, panel, sum);
   }
+  stream = prefetch;
   for (int i = 0; i < NV; ++i)
     for (int m = 0; m < MR; ++m)
       store(total + m * kStrip + row + i * kWidth, mul(sum[i][m], scales_at(strip, row + i * kWidth)));
 }
 
 template <int MR = kRows>
-void float_panel(int rows, const uint8_t* strip, int64_t quads, const float* panel, float* total) {
+void float_panel(int rows, const uint8_t* strip, int64_t quads, const float* panel, Prefetch& prefetch, float* total) {
   if constexpr (MR > 1) {
-    if (rows < MR) return float_panel<MR - 1>(rows, strip, quads, panel, total);
+    if (rows < MR) return float_panel<MR - 1>(rows, strip, quads, panel, prefetch, total);
   }
   constexpr int NV = vectors(MR);
-  for (int row = 0; row < kStrip; row += NV * kWidth) float_tile<NV, MR>(strip, row, quads, panel, total);
+  for (int row = 0; row < kStrip; row += NV * kWidth) float_tile<NV, MR>(strip, row, quads, panel, prefetch, total);
 }
 
 template <class T>
@@ -197,10 +200,12 @@ void few_rows(const Linear8bitArgs& a, const Shape& s, int64_t first, int64_t ro
   pack_panels<T>(a, s, panels, first);
   for_strips(s.strips, s.padded_k, a.threads, panels, [&](int64_t strip, int64_t begin, int64_t end) {
     alignas(64) float total[kRows * kStrip];
+    const uint8_t* weights = a.packed + strip * s.strip_bytes;
+    const int64_t tiles = end - begin;
+    Prefetch prefetch = {weights + (tiles > 1 ? s.strip_bytes : kAhead), kStep / tiles + 1};
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = panels.row(p);
-      float_panel(panels.size(p), a.packed + strip * s.strip_bytes, s.padded_k / 4, a.scratch + row * s.padded_k,
-                  total);
+      float_panel(panels.size(p), weights, s.padded_k / 4, a.scratch + row * s.padded_k, prefetch, total);
       write_out<T, kStrip>(a, total, strip * kStrip, first + row, panels.size(p));
     }
   });

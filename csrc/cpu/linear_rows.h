@@ -78,6 +78,9 @@ struct Prefetch {
 // How far ahead of itself a lone panel asks for its weights.
 constexpr int64_t kAhead = 8192;
 
+// Whether rows that are not rounded ask for weights in advance: not where the arithmetic takes longer than they do.
+constexpr bool kPrefetches = kWidth == 16;
+
 // --- many rows: a slab of decoded weights ---------------------------------------------------------------------------
 
 constexpr int64_t kSlab = 256;   // k at a time: 16 outputs x 256 k floats are half of a 32 KB first-level cache

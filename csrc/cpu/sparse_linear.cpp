@@ -81,9 +81,10 @@ PYKD_INLINE const T* for_units(const uint8_t* bits, int64_t bytes, const T* valu
 #pragma GCC unroll 8
     for (int part = 0; part < 8 / kUnitBytes; ++part) {
       const uint32_t mask = static_cast<uint32_t>(word >> (part * kUnit)) & ((1u << kUnit) - 1);
-      use(byte * 8 + part * kUnit, part, expand(value, mask));
-      value += count(mask);
+      const int before = part == 0 ? 0 : __builtin_popcountll(word << (64 - part * kUnit));
+      use(byte * 8 + part * kUnit, part, expand(value + before, mask));
     }
+    value += __builtin_popcountll(word);
   }
   for (; byte < bytes; byte += kUnitBytes) {
     uint32_t mask = bits[byte];

@@ -132,17 +132,18 @@ void bind_sparse(py::module_& m) {
   m.def(
       "sparse_codes_unpack",
       [](Address pack, int64_t in_features, int64_t out_features, Address dense) {
-        pykd::sparse_pack_check(address<uint8_t>(pack), in_features, out_features, pykd::kCodes);
+        pykd::sparse_pack_check(address<uint8_t>(pack), in_features, out_features, pykd::codes_packing());
         pykd::sparse_codes_unpack(address<uint8_t>(pack), address<int8_t>(dense));
       },
       release);
+  m.def("codes_packing", &pykd::codes_packing);
   m.def("sparse_8bit_scratch", &pykd::sparse_8bit_scratch);
   m.def(
       "sparse_8bit",
       [](Address x, int64_t x_stride, Address pack, Address scales, Address bias, Address y, Address scratch,
          int64_t rows, int64_t in_features, int64_t out_features, int activation, int dtype, int bias_dtype,
          int threads) {
-        pykd::sparse_pack_check(address<uint8_t>(pack), in_features, out_features, pykd::kCodes);
+        pykd::sparse_pack_check(address<uint8_t>(pack), in_features, out_features, pykd::codes_packing());
         pykd::table().sparse_8bit({address<void>(x), x_stride, address<uint8_t>(pack), address<float>(scales),
                                    address<void>(bias), address<void>(y), address<float>(scratch), rows, in_features,
                                    out_features, activation, dtype, bias_dtype, threads});

@@ -1,6 +1,8 @@
 // Linear layer over a pruned int8 weight, activations rounded to int8 with a scale per row (sparse w8a8), the weight in
-// a panels pack of kCodes (csrc/cpu/sparse_panels.h). The result is that of linear_8bit, to the bit.
+// a panels pack of kCodes or, at the avx512 level, kWindows (csrc/cpu/sparse_panels.h). The result is that of
+// linear_8bit, to the bit.
 //
+// Below AVX-512 (which has cpu/sparse_8bit_windows.h):
 // Codes of x are transposed into panels of int16: panel[tile][column][P], P = kVectors * kPairRows. Two kept weights of
 // a row, at any two columns, meet two vectors of a panel, which are interleaved so that one instruction multiplies and
 // adds pairs of int16. For 2 weights x 16 rows at 8 lanes that is 2 loads, 2 shuffles, 2 multiply-adds and 2 additions:
@@ -8,10 +10,14 @@
 // panels 13. A panel is stored in the order that the interleaving undoes: see `store_pair`.
 #include "cpu/int8_rows.h"
 #include "cpu/linear_rows.h"
-#include "cpu/sparse_stream.h"
-#include "cpu/transpose.h"
 #include "cpu/vec.h"
 #include "ops.h"
+
+#if defined(PYKD_LEVEL_avx512)
+#include "cpu/sparse_8bit_windows.h"
+#else
+#include "cpu/sparse_stream.h"
+#include "cpu/transpose.h"
 
 namespace pykd::PYKD_LEVEL {
 namespace {
@@ -23,19 +29,7 @@ struct PairSum {
   I32 low, high;  // rows [0, kWidth) and [kWidth, 2 kWidth)
 };
 
-#if defined(PYKD_LEVEL_avx512)
-
-PYKD_INLINE void store_pair(int16_t* to, F32 low, F32 high) {  // whole numbers, as `multiply_pair` wants them
-  _mm512_storeu_si512(to, _mm512_packs_epi32(_mm512_cvtps_epi32(low.v), _mm512_cvtps_epi32(high.v)));
-}
-PYKD_INLINE void multiply_pair(PairSum& sum, const int16_t* first, const int16_t* second, int32_t weights) {
-  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second), w = _mm512_set1_epi32(weights);
-  sum.low = {_mm512_dpwssd_epi32(sum.low.v, _mm512_unpacklo_epi16(a, b), w)};
-  sum.high = {_mm512_dpwssd_epi32(sum.high.v, _mm512_unpackhi_epi16(a, b), w)};
-}
-PYKD_INLINE I32 add_i32(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
-
-#elif defined(PYKD_LEVEL_avx2)
+#if defined(PYKD_LEVEL_avx2)
 
 PYKD_INLINE void store_pair(int16_t* to, F32 low, F32 high) {
   const __m256i codes = _mm256_packs_epi32(_mm256_cvtps_epi32(low.v), _mm256_cvtps_epi32(high.v));
@@ -285,8 +279,13 @@ void run(const Sparse8bitArgs& args) {
 }
 
 }  // namespace
+}  // namespace pykd::PYKD_LEVEL
 
-// Scratch: scales of rows, panels, then kPanelChunk + 1 rows of sums a thread (sparse_8bit_scratch).
+#endif
+
+namespace pykd::PYKD_LEVEL {
+
+// Scratch: scales of rows, panels, then sums of each thread (sparse_8bit_scratch).
 void sparse_8bit(const Sparse8bitArgs& args) {
   run_by_dtype(args, [](auto element, const Sparse8bitArgs& a) { run<decltype(element)>(a); });
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/dispatch.h"
 #include "cpu/sparse_panels.h"
 
 namespace pykd {
@@ -136,6 +137,102 @@ struct Stream {
   }
 };
 
+// The steps of a strip of kWindows.
+struct Strip {
+  struct Step {
+    int64_t window;
+    uint8_t column[kWindowOutputs][4];
+    int64_t index[kWindowOutputs][4];  // of the value; -1 where there is none
+  };
+  std::vector<Step> steps;
+  int64_t blocks;
+
+  // offsets may be null when only sizes matter.
+  Strip(const Weight& w, const int64_t* offsets, int64_t row0)
+      : blocks(ceil_div(ceil_div(w.in_features, kWindowStride), kBlockWindows)) {
+    const int64_t row_bytes = ceil_div(w.in_features, 8);
+    std::vector<int64_t> columns[kWindowOutputs];
+    size_t taken[kWindowOutputs] = {};
+    for (int64_t lane = 0; lane < kWindowOutputs && row0 + lane < w.out_features; ++lane) {
+      const uint8_t* bits = w.bitmask + (row0 + lane) * row_bytes;
+      for (int64_t column = 0; column < w.in_features; ++column)
+        if (bits[column / 8] >> (column % 8) & 1) columns[lane].push_back(column);
+    }
+    for (;;) {
+      int64_t least = w.in_features;
+      for (int64_t lane = 0; lane < kWindowOutputs; ++lane)
+        if (taken[lane] < columns[lane].size()) least = std::min(least, columns[lane][taken[lane]]);
+      if (least == w.in_features) return;
+      steps.push_back({});
+      Step& step = steps.back();
+      step.window = least / kWindowStride;
+      const int64_t first = step.window * kWindowStride;
+      for (int64_t lane = 0; lane < kWindowOutputs; ++lane)
+        for (int entry = 0; entry < 4; ++entry) {
+          size_t& next = taken[lane];
+          const bool fits = next < columns[lane].size() && columns[lane][next] < first + kWindowColumns;
+          step.column[lane][entry] = fits ? static_cast<uint8_t>(columns[lane][next] - first) : 0;
+          step.index[lane][entry] = fits ? (offsets ? offsets[row0 + lane] : 0) + static_cast<int64_t>(next) : -1;
+          if (fits) ++next;
+        }
+    }
+  }
+
+  int64_t bytes() const {
+    const int64_t count = static_cast<int64_t>(steps.size());
+    return windows_header_bytes(blocks, count) + kWindowStepBytes * count;
+  }
+
+  void write(const int8_t* codes, uint8_t* out) const {
+    uint32_t starts[kWindowOutputs] = {};
+    std::vector<uint32_t> begins(static_cast<size_t>(blocks + 1), static_cast<uint32_t>(steps.size()));
+    uint8_t* windows = out + sizeof starts + 4 * begins.size();
+    uint8_t* line = out + windows_header_bytes(blocks, static_cast<int64_t>(steps.size()));
+    std::memset(out, 0, static_cast<size_t>(line - out));
+    for (size_t i = steps.size(); i-- > 0;) {
+      const Step& step = steps[i];
+      for (int64_t block = 0; block <= step.window / kBlockWindows; ++block)
+        begins[static_cast<size_t>(block)] = static_cast<uint32_t>(i);
+      const uint16_t window = static_cast<uint16_t>(step.window);
+      std::memcpy(windows + 2 * i, &window, 2);
+      std::memcpy(line + kWindowStepBytes * static_cast<int64_t>(i), step.column, sizeof step.column);
+      for (int64_t lane = 0; lane < kWindowOutputs; ++lane)
+        for (int entry = 0; entry < 4; ++entry) {
+          const int8_t code = step.index[lane][entry] < 0 ? int8_t{0} : codes[step.index[lane][entry]];
+          starts[lane] -= 128u * static_cast<uint32_t>(code);
+          line[kWindowStepBytes * static_cast<int64_t>(i) + 64 + 4 * lane + entry] = static_cast<uint8_t>(code);
+        }
+    }
+    std::memcpy(out, starts, sizeof starts);
+    std::memcpy(out + sizeof starts, begins.data(), 4 * begins.size());
+  }
+};
+
+int64_t strips_begin(int64_t out_features) {
+  const int64_t strips = ceil_div(out_features, kWindowOutputs);
+  return ceil_div(static_cast<int64_t>(sizeof(SparsePanelsHeader)) + 8 * (strips + 1), 64) * 64;
+}
+
+void unpack_windows(const SparsePanelsHeader& header, const uint8_t* pack, int8_t* dense) {
+  const int64_t blocks = ceil_div(ceil_div(header.in_features, kWindowStride), kBlockWindows);
+  for (int64_t row = 0; row < header.out_features; row += kWindowOutputs) {
+    int64_t offset;
+    std::memcpy(&offset, pack + sizeof header + 8 * (row / kWindowOutputs), 8);
+    const uint8_t* begins = pack + offset + 4 * kWindowOutputs;
+    uint32_t steps;
+    std::memcpy(&steps, begins + 4 * blocks, 4);
+    const uint8_t* line = pack + offset + windows_header_bytes(blocks, steps);
+    for (uint32_t step = 0; step < steps; ++step, line += kWindowStepBytes) {
+      uint16_t window;
+      std::memcpy(&window, begins + 4 * (blocks + 1) + 2 * step, 2);
+      for (int64_t i = 0; i < 4 * kWindowOutputs; ++i)
+        if (line[64 + i] != 0)
+          dense[(row + i / 4) * header.in_features + window * kWindowStride + line[i]] =
+              static_cast<int8_t>(line[64 + i]);
+    }
+  }
+}
+
 // Calls visit(stream) for every stream in the order of the pack. offsets may be null when only sizes matter.
 template <class Visit>
 void for_streams(const Weight& weight, const int64_t* offsets, const Visit& visit) {
@@ -178,6 +275,12 @@ int64_t bitmask_offsets(const uint8_t* bitmask, int64_t in_features, int64_t out
 
 int64_t sparse_panels_bytes(const uint8_t* bitmask, int64_t in_features, int64_t out_features, int64_t tile,
                             int packing) {
+  if (packing == kWindows) {
+    const Weight weight{bitmask, nullptr, in_features, out_features, tile, packing};
+    int64_t total = strips_begin(out_features);
+    for (int64_t row = 0; row < out_features; row += kWindowOutputs) total += Strip(weight, nullptr, row).bytes();
+    return total;
+  }
   int64_t total = streams_begin(in_features, out_features, tile);
   for_streams({bitmask, nullptr, in_features, out_features, tile, packing}, nullptr,
               [&](const Stream& stream) { total += stream.bytes(); });
@@ -191,12 +294,32 @@ int64_t sparse_panels_scratch(int64_t rows, int64_t in_features, int64_t tile, i
 
 int64_t sparse_8bit_scratch(int64_t rows, int64_t in_features, int64_t tile, int threads) {
   const int64_t columns = ceil_div(in_features, tile) * (tile + 1);
-  return rows + ceil_div((rows + kPanelMaxWidth) * columns, 2) + threads * (kPanelChunk + 1) * kPanelMaxWidth;
+  const int64_t panels = ceil_div((rows + kPanelMaxWidth) * columns, 2) + threads * (kPanelChunk + 1) * kPanelMaxWidth;
+  const int64_t pass = std::min(rows, kWindowsPassRows);
+  const int64_t windows = 16 + pass * ceil_div(in_features, kWindowStride) * kWindowColumns / 4 +
+                          threads * pass * kWindowsGroup * kWindowOutputs;
+  return rows + std::max(panels, windows);
 }
 
 void sparse_panels_pack(const uint8_t* bitmask, const void* values, const int64_t* offsets, int64_t in_features,
                         int64_t out_features, int64_t tile, int packing, uint8_t* pack) {
   SparsePanelsHeader header = {0, in_features, out_features, offsets[out_features], tile, packing};
+  if (packing == kWindows) {
+    const Weight weight{bitmask, values, in_features, out_features, tile, packing};
+    int64_t at = strips_begin(out_features);
+    uint8_t* offset = pack + sizeof header;
+    std::memset(offset, 0, static_cast<size_t>(at) - sizeof header);
+    for (int64_t row = 0; row < out_features; row += kWindowOutputs, offset += 8) {
+      const Strip strip(weight, offsets, row);
+      std::memcpy(offset, &at, 8);
+      strip.write(static_cast<const int8_t*>(values), pack + at);
+      at += strip.bytes();
+    }
+    std::memcpy(offset, &at, 8);
+    header.bytes = at;
+    std::memcpy(pack, &header, sizeof header);
+    return;
+  }
   int64_t at = streams_begin(in_features, out_features, tile);
   uint8_t* offset = pack + sizeof header;
   for_streams({bitmask, values, in_features, out_features, tile, packing}, offsets, [&](const Stream& stream) {
@@ -220,10 +343,13 @@ void sparse_pack_check(const uint8_t* pack, int64_t in_features, int64_t out_fea
                                 "] in " + std::to_string(packing));
 }
 
+int codes_packing() { return isa().rfind("avx512", 0) == 0 ? kWindows : kCodes; }
+
 void sparse_codes_unpack(const uint8_t* pack, int8_t* dense) {
   SparsePanelsHeader header;
   std::memcpy(&header, pack, sizeof header);
   std::fill(dense, dense + header.in_features * header.out_features, int8_t{0});
+  if (header.packing == kWindows) return unpack_windows(header, pack, dense);
   const int64_t tiles = ceil_div(header.in_features, header.tile);
   const int64_t streams = tiles * ceil_div(header.out_features, kPanelChunk);
   for (int64_t stream = 0; stream < streams; ++stream) {

@@ -22,8 +22,11 @@ void sparse_panels_pack(const uint8_t* bitmask, const void* values, const int64_
 // Throws std::invalid_argument unless the pack holds a weight of these sizes in this packing.
 void sparse_pack_check(const uint8_t* pack, int64_t in_features, int64_t out_features, int packing);
 
-// The dense weight, int8 [out_features, in_features], of a pack of kCodes.
+// The dense weight, int8 [out_features, in_features], of a pack of kCodes or kWindows.
 void sparse_codes_unpack(const uint8_t* pack, int8_t* dense);
+
+// The packing of int8 codes that sparse_8bit reads at the level in force: kWindows with AVX-512, else kCodes.
+int codes_packing();
 
 // Floats of scratch that sparse_panels needs for `rows` rows of x on `threads` threads.
 int64_t sparse_panels_scratch(int64_t rows, int64_t in_features, int64_t tile, int threads);

@@ -19,6 +19,19 @@
 //           group = uint8 column[4], float value[4][4]   value[entry][row]
 // Entries that only fill a group have value 0 and column `tile`, where every panel has a row of zeros, so that no
 // activation is ever multiplied by a weight that was pruned.
+//
+// kWindows, int8 codes for AVX-512, is laid out by strips of kWindowOutputs rows instead; `tile` is not used:
+//   bytes = SparsePanelsHeader
+//           int64 offset[strips + 1]
+//           strips, each from a multiple of 64 bytes on
+//   strip = int32 start[kWindowOutputs]           minus 128 times the sum of the row's codes, modulo 2^32
+//           uint32 begin[blocks + 1]              the first step of each kBlockWindows windows
+//           uint16 window[steps]                  ascending; window i has the columns from 32 i to 32 i + 63
+//           steps, from a multiple of 64 bytes on
+//   step  = uint8 column[kWindowOutputs][4]       within the window
+//           int8 code[kWindowOutputs][4]          0 where it only fills
+// A step takes the next kept columns of each row, up to four, that its window has; the window is the last one with the
+// first column that any row still has to take.
 #pragma once
 
 #include <cstdint>
@@ -30,9 +43,18 @@ constexpr int64_t kPanelMaxTile = 255;  // column indices are bytes and `tile` i
 constexpr int64_t kPanelMaxWidth = 64;  // rows of x in the widest panel of any level
 
 // The same numbers as PACKINGS in pykd/ops/sparse_panels.py.
-enum Packing : int { kPairs = 0, kQuads = 1, kCodes = 2 };
+enum Packing : int { kPairs = 0, kQuads = 1, kCodes = 2, kWindows = 3 };
 
 constexpr int64_t group_bytes(int packing) { return packing == kPairs ? 20 : packing == kQuads ? 68 : 12; }
+
+constexpr int64_t kWindowOutputs = 16, kWindowColumns = 64, kWindowStride = 32, kBlockWindows = 32;
+constexpr int64_t kWindowStepBytes = 128;
+constexpr int64_t kWindowsPassRows = 240;  // rows of x that a call takes at a time
+constexpr int64_t kWindowsGroup = 8;       // strips whose sums a thread has at a time
+
+constexpr int64_t windows_header_bytes(int64_t blocks, int64_t steps) {  // of a strip, before its steps
+  return (4 * kWindowOutputs + 4 * (blocks + 1) + 2 * steps + 63) / 64 * 64;
+}
 
 struct SparsePanelsHeader {
   int64_t bytes, in_features, out_features, nnz, tile, packing;

@@ -23,7 +23,7 @@ from pykd.ops.linear_8bit import MOST_FEATURES, SCHEMES_8BIT, check_static, line
 from pykd.ops.sparse_8bit import least_rows, pack_codes, sparse_8bit, unpack_codes
 
 #: A weight of at most this density is also kept as panels, 0.75 bytes a weight more at most, where those win at
-#: `MANY_ROWS` rows of activations.
+#: `MANY_ROWS` rows of activations; one that is kept as panels alone may be denser.
 PANELS_DENSITY = 0.25
 MANY_ROWS = 128
 
@@ -54,8 +54,8 @@ class Weight8bit(CompressedModule):
 
     Files hold `qweight` int8 [rows, columns] and `scales` [rows]; or, where enough codes are zero that it is smaller,
     `bitmask` uint8 [rows, ceil(columns / 8)] and `qvalues` int8 [nnz] instead of `qweight`. Where that makes calls of
-    many rows faster (`pykd.ops.sparse_8bit`), a pruned w8a8 weight is in memory as `panels`, three bytes a kept code,
-    beside `packed`, or alone when it wins at every number of rows: the results are the same bits.
+    many rows faster (`pykd.ops.sparse_8bit`), a pruned w8a8 weight is in memory as `panels`, two to four bytes a
+    kept code, beside `packed`, or alone when it wins at every number of rows: the results are the same bits.
     """
 
     qweight: Tensor
@@ -170,7 +170,7 @@ class Weight8bit(CompressedModule):
 
     def _layout(self, tensors: EightBit) -> dict[str, Tensor]:
         density = 1.0 if self.nnz is None else self.nnz / (self.rows * self.columns)
-        sparse = self.scheme == "w8a8" and density <= PANELS_DENSITY
+        sparse = self.scheme == "w8a8" and (density <= PANELS_DENSITY or least_rows(density) <= 1)
         self._panels_from = least_rows(density) if sparse else math.inf
         if self._panels_from > MANY_ROWS:
             return {"packed": pack_r16(*tensors)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .activation import ACTIVATIONS
 from .bitmask import pack_bits
-from .dispatch import DTYPE_CODES, TABLE, Route, native, num_threads
+from .dispatch import DTYPE_CODES, TABLE, Route, native, num_threads, vector_level
 from .int4_r16 import PAD_CODE, table_of
 
 #: Level -> density up to which one row is faster by the kept codes. None so far: with AVX-512, spreading codes to their
@@ -34,7 +34,7 @@ def fits(density: float, code: str, in_features: int, group_size: int) -> bool:
     (False, False)
     """
     groups = group_size % COLUMNS == 0 or group_size >= in_features
-    return native is not None and groups and code != "uint4" and density <= GAINS_UP_TO.get(native.isa(), -1.0)
+    return native is not None and groups and code != "uint4" and density <= GAINS_UP_TO.get(vector_level(), -1.0)
 
 
 def pack_kept(codes: Tensor, mask: Tensor) -> dict[str, Tensor]:

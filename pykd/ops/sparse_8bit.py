@@ -12,15 +12,15 @@ from torch import Tensor
 from .activation import ACTIVATIONS, activation_gradient, check_activation
 from .bitmask import bitmask_offsets
 from .dispatch import DTYPE_CODES, TABLE, Route, lib, native, num_threads, skips_dispatcher, vector_level
-from .sparse_panels import TILE, panels_pack
+from .sparse_panels import PACKINGS, TILE, panels_pack
 
 #: Level -> [(most rows, density above which the dense kernel is faster)], in ascending order. AVX2's were measured on a
-#: Zen 3, AVX-512's on a Zen 5: with 10 % kept 1.15 to 1.5 times faster than dense from 32 rows on, with 15 % 0.9 to
-#: 1.1, with 20 % 0.7 to 1.0; below 32 rows slower with 2 % already.
+#: Zen 3, AVX-512's on a Zen 5: with 20 % kept 1.0 to 1.9 times faster than dense below 32 rows, 1.5 at 128; with 30 %
+#: 0.8 to 1.5 and 1.2; with 50 % slower at any number.
 DENSE_ABOVE: dict[str, list[tuple[float, float]]] = {
     "scalar": [(math.inf, 0.0)],
     "avx2": [(1, 0.02), (7, 0.06), (15, 0.18), (math.inf, 0.5)],
-    "avx512": [(31, 0.0), (math.inf, 0.12)],
+    "avx512": [(31, 0.22), (math.inf, 0.3)],
 }
 
 
@@ -38,9 +38,13 @@ def least_rows(density: float) -> float:
 
 
 def pack_codes(qweight: Tensor, bitmask: Tensor) -> Tensor:
-    """The pack of an int8 weight [out, in] on the CPU whose codes other than 0 are those of the bitmask."""
+    """The pack of an int8 weight [out, in] on the CPU whose codes other than 0 are those of the bitmask.
+
+    It is for the instruction-set level in force; the others refuse it where theirs differs.
+    """
+    packing = next(name for name, number in PACKINGS.items() if number == native.codes_packing())
     offsets = bitmask_offsets(bitmask, qweight.shape[1])
-    return panels_pack(bitmask.contiguous(), qweight[qweight != 0], offsets, qweight.shape[1], "codes")
+    return panels_pack(bitmask.contiguous(), qweight[qweight != 0], offsets, qweight.shape[1], packing)
 
 
 def unpack_codes(pack: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -149,5 +153,5 @@ if native is not None:
     for _level, _lines in DENSE_ABOVE.items():
         for _rows, _dense in _lines:
             _when = f"pruned w8a8, isa {_level}, up to {_rows:g} rows: density up to {_dense:g}"
-            TABLE.append(Route("sparse_8bit", "cpu", _when, "native, panels of codes"))
+            TABLE.append(Route("sparse_8bit", "cpu", _when, "native, kept codes"))
     TABLE.append(Route("sparse_8bit", "cpu", "otherwise", "no gain there: linear_8bit"))

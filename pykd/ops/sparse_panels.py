@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .dispatch import native
 
-#: How a pack holds its weights: rows two by two, rows four by four that keep the same columns, or int8 codes. The
-#: numbers are those of `Packing` in csrc/cpu/sparse_panels.h.
-PACKINGS = {"pairs": 0, "quads": 1, "codes": 2}
+#: How a pack holds its weights: rows two by two, rows four by four that keep the same columns, or int8 codes: two by
+#: two, or sixteen rows by windows of columns. The numbers are those of `Packing` in csrc/cpu/sparse_panels.h.
+PACKINGS = {"pairs": 0, "quads": 1, "codes": 2, "windows": 3}
 
 #: Columns of x in an L1 tile: 128 x 32 rows x 4 bytes = 16 KB at 8 lanes, 32 KB at 16.
 TILE = 128
@@ -18,9 +18,10 @@ TILE = 128
 def panels_pack(bitmask: Tensor, values: Tensor, offsets: Tensor, in_features: int, packing: str) -> Tensor:
     """The pack, uint8, of a checked weight on the CPU.
 
-    bitmask: contiguous; values [nnz], converted to int8 for "codes", else to float32; offsets: `bitmask_offsets`.
+    bitmask: contiguous; values [nnz], converted to int8 for "codes" and "windows", else to float32; offsets:
+    `bitmask_offsets`.
     """
-    values = values.to(torch.int8 if packing == "codes" else torch.float32).contiguous()
+    values = values.to(torch.int8 if packing in ("codes", "windows") else torch.float32).contiguous()
     mask, sizes, kind = bitmask.data_ptr(), (in_features, bitmask.shape[0], TILE), PACKINGS[packing]
     pack = torch.empty(native.sparse_panels_bytes(mask, *sizes, kind), dtype=torch.uint8)
     native.sparse_panels_pack(mask, values.data_ptr(), offsets.data_ptr(), *sizes, kind, pack.data_ptr())

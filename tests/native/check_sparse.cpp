@@ -189,7 +189,8 @@ void codes_case(Group& group, Random& random, const Weight& weight, int64_t rows
   const bool extreme = random.chance(0.3);
   for (int64_t i = 0; i < weight.nnz(); ++i)
     codes.push_back(static_cast<int8_t>(extreme ? random.pick<int>({-128, 127}) : 1 + random.below(127)));
-  const int64_t bytes = pykd::sparse_panels_bytes(weight.bits.data(), weight.in, weight.out, tile, pykd::kCodes);
+  const int64_t bytes =
+      pykd::sparse_panels_bytes(weight.bits.data(), weight.in, weight.out, tile, pykd::codes_packing());
   const int64_t floats = pykd::sparse_8bit_scratch(rows, weight.in, tile, args.threads);
   Buffer x(static_cast<size_t>((rows - 1) * args.x_stride + weight.in) * size_of(dtype));
   Buffer pack(static_cast<size_t>(bytes)), scales(static_cast<size_t>(weight.out) * 4);
@@ -209,7 +210,7 @@ void codes_case(Group& group, Random& random, const Weight& weight, int64_t rows
     scales.as<float>()[i] = static_cast<float>(random.normal() * 0.01);
   }
   pykd::sparse_panels_pack(weight.bits.data(), codes.data(), weight.offsets.data(), weight.in, weight.out, tile,
-                           pykd::kCodes, pack.as<uint8_t>());
+                           pykd::codes_packing(), pack.as<uint8_t>());
   pykd::sparse_codes_unpack(pack.as<uint8_t>(), dense.as<int8_t>());
   size_t next = 0;
   for (int64_t i = 0; i < weight.out * weight.in; ++i) {
@@ -234,9 +235,10 @@ void codes(const std::string& level) {
   Random random(9);
   for (int dtype = 0; dtype < 3; ++dtype) {
     Group group(level + " sparse_8bit " + name_of(dtype));
-    for (const int64_t rows : {1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130}) {
+    for (const int64_t rows : {1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 250}) {
       const int64_t out = random.pick<int64_t>({1, 5, 16, 127, 128, 150}),
-                    in = random.pick<int64_t>({1, 9, 16, 127, 129, 300}), tile = random.pick<int64_t>({8, 128, 255});
+                    in = random.pick<int64_t>({1, 9, 16, 127, 129, 300, 1100}),
+                    tile = random.pick<int64_t>({8, 128, 255});
       const double density = random.pick<double>({0.0, 0.05, 0.2, 0.6});
       group.begin("%lld rows, %lld outputs, %lld inputs, density %g, tiles of %lld", static_cast<long long>(rows),
                   static_cast<long long>(out), static_cast<long long>(in), density, static_cast<long long>(tile));

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pykd.nn import Linear4bit
-from pykd.ops.dispatch import native
+from pykd.ops.dispatch import native, vector_level
 from pykd.ops.int4_r16 import unpack_nibbles
 from pykd.ops.linear_4bit import linear_4bit
 from pykd.ops.sparse_4bit import GAINS_UP_TO, fits, pack_kept, sparse_4bit
@@ -104,7 +104,7 @@ def test_a_layer_goes_there_for_one_row_only(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_where_it_fits(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fits(0.01, "int4", 256, 32)  # no level gains
-    monkeypatch.setitem(GAINS_UP_TO, isa, 0.55)
+    monkeypatch.setitem(GAINS_UP_TO, vector_level(), 0.55)
     assert fits(0.01, "int4", 256, 32) and fits(0.5, "nf4", 100, 100)
     assert not fits(0.9, "int4", 256, 32) and not fits(0.01, "uint4", 256, 32) and not fits(0.01, "int4", 256, 48)
     monkeypatch.setattr("pykd.ops.sparse_4bit.native", None)

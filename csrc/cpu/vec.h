@@ -166,6 +166,15 @@ PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {  // x * 2^n for integral n in [-1
   return {_mm512_scalef_ps(x.v, n.v)};
 }
 PYKD_INLINE F32 fms(F32 a, F32 b, F32 c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }  // a * b - c
+// 2^(n / 16) for an integer n in the low bits of x: entry k is the bits of 2^(k / 16) less k << 19, so that adding
+// n << 19 to entry n mod 16 sets the exponent and nothing else.
+PYKD_INLINE F32 power_of_two(F32 x) {
+  const __m512i table =
+      _mm512_setr_epi32(0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+                        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
+  const __m512i n = _mm512_castps_si512(x.v);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(n, table), _mm512_slli_epi32(n, 19)))};
+}
 PYKD_INLINE F32 quotient_exponent(F32 x, F32 y, F32* scaled) {  // x = scaled * 2^(result * 2^-23), see `log_quotient`
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i near = _mm512_add_epi32(_mm512_sub_epi32(bits, _mm512_castps_si512(y.v)), _mm512_set1_epi32(1 << 22));
@@ -226,8 +235,12 @@ PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {
       _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, first), second)};
 }
-PYKD_INLINE F32 low_bits_to_exponent(F32 x) {  // the low nine bits of x become sign and exponent, the mantissa is 0
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))};
+PYKD_INLINE F32 fms(F32 a, F32 b, F32 c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }  // a * b - c
+PYKD_INLINE F32 power_of_two(F32 x) {                                                  // 2^(n / 8), as at avx512
+  const __m256i table =
+      _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
+  const __m256i n = _mm256_castps_si256(x.v);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(table, n), _mm256_slli_epi32(n, 20)))};
 }
 PYKD_INLINE F32 quotient_exponent(F32 x, F32 y, F32* scaled) {
   const __m256i bits = _mm256_castps_si256(x.v);
@@ -278,6 +291,7 @@ PYKD_INLINE F32 scale_by_power(F32 x, F32 n) {
   const float second = bits_to_float(static_cast<uint32_t>(whole - half + 127) << 23);
   return {x.v * first * second};
 }
+// The low nine bits of x become sign and exponent, the mantissa is 0.
 PYKD_INLINE F32 low_bits_to_exponent(F32 x) { return {bits_to_float(float_to_bits(x.v) << 23)}; }
 PYKD_INLINE F32 quotient_exponent(F32 x, F32 y, F32* scaled) {
   const uint32_t bits = float_to_bits(x.v);
@@ -395,28 +409,27 @@ PYKD_INLINE ScaledExp scaled_exp(double scale) {
 // and a core's schedulers are too small to find the next one behind it, so several are written side by side.
 template <int kCount>
 PYKD_INLINE void exp(const F32 (&x)[kCount], const ScaledExp* const (&constants)[kCount], F32 (&out)[kCount]) {
+#if defined(PYKD_LEVEL_avx512) || defined(PYKD_LEVEL_avx2)
+  // n in fractions of 1 / kWidth: `power_of_two` looks 2^(n mod 1) up in one register, which leaves r in
+  // [-1 / (2 kWidth), 1 / (2 kWidth)] to a short polynomial: minimax for (2^r - 1) / r, highest power first.
 #if defined(PYKD_LEVEL_avx512)
-  // n in sixteenths: 2^(n / 16 mod 1) is looked up in one register, which leaves r in [-1/32, 1/32] to a polynomial
-  // that is half as long. The table holds the bits of 2^(k / 16) less k << 19, so that adding n << 19 to entry n mod 16
-  // sets the exponent and nothing else. Minimax for (2^r - 1) / r, highest power first; relative error 1.6e-9.
-  constexpr float kPolynomial[] = {5.5502135e-2f, 2.4023429e-1f, 6.931472e-1f};
-  const __m512i table =
-      _mm512_setr_epi32(0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
-                        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
-  const F32 magic = set1(786432.0f);  // 1.5 * 2^23 / 16: leaves 16 n, rounded, in the low bits of the sum
+  constexpr float kPolynomial[] = {5.5502135e-2f, 2.4023429e-1f, 6.931472e-1f};  // relative error of 2^r 1.6e-9
+#else
+  constexpr float kPolynomial[] = {9.617654e-3f, 5.5510595e-2f, 2.402265e-1f, 6.931472e-1f};  // 5e-10
+#endif
+  constexpr int kTerms = sizeof(kPolynomial) / sizeof(float);
+  const F32 magic = set1(12582912.0f / kWidth);  // 1.5 * 2^23 / kWidth: leaves kWidth n, rounded, in the low bits
   F32 clamped[kCount], shifted[kCount], r[kCount], p[kCount];
   for (int i = 0; i < kCount; ++i) clamped[i] = max(constants[i]->smallest, x[i]);  // NaN: max returns the second
   for (int i = 0; i < kCount; ++i) shifted[i] = fma(clamped[i], constants[i]->high, magic);
   for (int i = 0; i < kCount; ++i) r[i] = fms(clamped[i], constants[i]->high, sub(shifted[i], magic));
   for (int i = 0; i < kCount; ++i) r[i] = fma(clamped[i], constants[i]->low, r[i]);
   for (int i = 0; i < kCount; ++i) p[i] = fma(set1(kPolynomial[0]), r[i], set1(kPolynomial[1]));
-  for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], r[i], set1(kPolynomial[2]));
+  for (int k = 2; k < kTerms; ++k)
+    for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], r[i], set1(kPolynomial[k]));
   for (int i = 0; i < kCount; ++i) p[i] = mul(p[i], r[i]);
   for (int i = 0; i < kCount; ++i) {
-    const __m512i sixteenths = _mm512_castps_si512(shifted[i].v);
-    const __m512i bits =
-        _mm512_add_epi32(_mm512_permutexvar_epi32(sixteenths, table), _mm512_slli_epi32(sixteenths, 19));
-    const F32 power = {_mm512_castsi512_ps(bits)};
+    const F32 power = power_of_two(shifted[i]);
     out[i] = fma(power, p[i], power);
   }
 #else

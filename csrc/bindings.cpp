@@ -85,6 +85,69 @@ std::int64_t kl_div_topk(std::uintptr_t student, std::uintptr_t ids, std::uintpt
   return failure;
 }
 
+using Numbers = std::vector<int64_t>;
+
+// Seven whole numbers a layer: packed, bias, in_features, out_features, bias_dtype, activation, input_zero.
+pykd::Packed8bit packed_8bit(const Numbers& numbers, float input_scale) {
+  if (numbers.size() != 7) throw std::invalid_argument("a linear layer of encoder_layer_8bit is seven numbers");
+  return {address<uint8_t>(numbers[0]), address<void>(numbers[1]),    numbers[2],  numbers[3],
+          static_cast<int>(numbers[4]), static_cast<int>(numbers[5]), input_scale, static_cast<int>(numbers[6])};
+}
+
+void bind_encoder(py::module_& m) {
+  m.def("attention_scratch", &pykd::attention_scratch, py::arg("length"), py::arg("dim"));
+  m.def(
+      "attention",
+      [](uintptr_t q, uintptr_t k, uintptr_t v, int64_t q_stride, int64_t k_stride, int64_t v_stride, uintptr_t bias,
+         uintptr_t y, uintptr_t scratch, int64_t batch, int64_t length, int64_t heads, int64_t dim, float scale,
+         int threads) {
+        pykd::table().attention({address<float>(q), address<float>(k), address<float>(v), q_stride, k_stride, v_stride,
+                                 address<float>(bias), address<float>(y), address<float>(scratch), batch, length, heads,
+                                 dim, scale, threads});
+      },
+      py::call_guard<py::gil_scoped_release>(), "softmax(scale q k^T + bias) v of every head: see AttentionArgs.");
+  m.def(
+      "add_norm",
+      [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uintptr_t y, int64_t rows, int64_t size,
+         float eps, int threads) {
+        pykd::table().add_norm({address<float>(x), address<float>(residual), address<float>(weight),
+                                address<float>(bias), address<float>(y), rows, size, eps, threads});
+      },
+      py::call_guard<py::gil_scoped_release>(), "Layer normalisation of x + residual: see AddNormArgs.");
+  m.def("encoder_layer_8bit_scratch", &pykd::encoder_layer_8bit_scratch);
+  m.def(
+      "encoder_layer_8bit",
+      [](uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t scratch, const std::vector<Numbers>& linears,
+         const std::vector<float>& input_scales, const Numbers& norms, const std::vector<float>& eps, int64_t batch,
+         int64_t length, int64_t hidden, int64_t heads, int64_t dim, int64_t neurons, float scale, int threads) {
+        if (linears.size() != 6 || input_scales.size() != 6 || norms.size() != 4 || eps.size() != 2)
+          throw std::invalid_argument("encoder_layer_8bit takes six linear layers and two normalisations");
+        pykd::EncoderLayer8bitArgs args{};
+        args.x = address<float>(x);
+        args.bias = address<float>(bias);
+        args.y = address<float>(y);
+        args.scratch = address<float>(scratch);
+        pykd::Packed8bit* const layers[] = {&args.query, &args.key, &args.value, &args.mix, &args.up, &args.down};
+        for (size_t i = 0; i < 6; ++i) *layers[i] = packed_8bit(linears[i], input_scales[i]);
+        for (size_t i = 0; i < 2; ++i) {
+          args.norm_weight[i] = address<float>(norms[2 * i]);
+          args.norm_bias[i] = address<float>(norms[2 * i + 1]);
+          args.eps[i] = eps[i];
+        }
+        args.batch = batch;
+        args.length = length;
+        args.hidden = hidden;
+        args.heads = heads;
+        args.dim = dim;
+        args.neurons = neurons;
+        args.scale = scale;
+        args.threads = threads;
+        const py::gil_scoped_release released;
+        pykd::table().encoder_layer_8bit(args);
+      },
+      "A post-norm encoder layer of w8a8 linear layers: see EncoderLayer8bitArgs.");
+}
+
 void bind_sparse(py::module_& m) {
   using Address = uintptr_t;
   const auto release = py::call_guard<py::gil_scoped_release>();
@@ -243,9 +306,10 @@ PYBIND11_MODULE(_C, m) {
          float input_scale, int input_zero) {
         pykd::table().linear_8bit({address<void>(x), x_stride, address<uint8_t>(packed), address<void>(bias),
                                    address<void>(y), address<float>(scratch), rows, in_features, out_features, rounds,
-                                   activation, dtype, bias_dtype, threads, input_scale, input_zero});
+                                   activation, dtype, bias_dtype, threads, input_scale, input_zero, 0});
       },
       py::call_guard<py::gil_scoped_release>(),
       "y = x W^T + bias for a weight in layout int8_r16: see Linear8bitArgs.");
+  bind_encoder(m);
   pykd::isa();  // an impossible PYKD_ISA is an error at import, not at the first call
 }

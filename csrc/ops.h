@@ -113,7 +113,72 @@ struct Linear8bitArgs {
   int threads;
   float input_scale;  // with `rounds`: the scale of every activation; 0: each row's own, largest magnitude / 127
   int input_zero;     // with input_scale: x = input_scale * (code - input_zero); in -127..127
+  int rounded;        // 1: scratch still holds what the call before rounded, of the same x and input_scale and at most
+                      // kLinear8bitRows rows
 };
+
+// Attention of every token of a text to all tokens of it: see csrc/cpu/attention.cpp.
+struct AttentionArgs {
+  const float *q, *k, *v;                // fp32 [batch * length, heads * dim], rows some elements apart
+  int64_t q_stride, k_stride, v_stride;  // elements from row to row
+  const float* bias;                     // fp32 [batch, length] added to all scores of a key, or null
+  float* y;                              // fp32 [batch * length, heads * dim], contiguous
+  float* scratch;                        // fp32 [threads, attention_scratch(length, dim)]
+  int64_t batch, length, heads, dim;
+  float scale;  // of the products of queries and keys
+  int threads;
+};
+
+// Floats of scratch that a thread of `attention` needs, at every level: keys and values of a head in whole vectors of
+// at most 16, the bias, and scores and products of up to 6 queries.
+constexpr int64_t attention_scratch(int64_t length, int64_t dim) {
+  return (dim + 7) * ((length + 15) / 16 * 16) + (length + 6) * ((dim + 15) / 16 * 16);
+}
+
+// Layer normalisation of x + residual: see csrc/cpu/add_norm.cpp.
+struct AddNormArgs {
+  const float *x, *residual;   // fp32 [rows, size], contiguous
+  const float *weight, *bias;  // fp32 [size]
+  float* y;                    // fp32 [rows, size], contiguous; may be neither x nor residual
+  int64_t rows, size;
+  float eps;
+  int threads;
+};
+
+// A linear layer of encoder_layer_8bit; the fields are those of Linear8bitArgs.
+struct Packed8bit {
+  const uint8_t* packed;
+  const void* bias;
+  int64_t in_features, out_features;
+  int bias_dtype, activation;
+  float input_scale;
+  int input_zero;
+};
+
+// A post-norm transformer encoder layer of w8a8 linear layers: see csrc/cpu/encoder_layer_8bit.cpp.
+struct EncoderLayer8bitArgs {
+  const float* x;     // fp32 [batch * length, hidden], contiguous
+  const float* bias;  // fp32 [batch, length] added to all scores of a key, or null
+  float* y;           // fp32 [batch * length, hidden], contiguous; not x
+  float* scratch;     // fp32 [encoder_layer_8bit_scratch(...)]
+  Packed8bit query, key, value, mix, up, down;
+  const float *norm_weight[2], *norm_bias[2];  // fp32 [hidden], after attention and after the feed-forward half
+  float eps[2];
+  int64_t batch, length, hidden, heads, dim, neurons;
+  float scale;
+  int threads;
+};
+
+// Floats of scratch for encoder_layer_8bit: what lies between its steps, then the largest scratch of a step.
+constexpr int64_t encoder_layer_8bit_scratch(int64_t batch, int64_t length, int64_t hidden, int64_t heads, int64_t dim,
+                                             int64_t neurons, int threads) {
+  const int64_t rows = batch * length, width = heads * dim;
+  const int64_t first = 4 * width > neurons ? 4 * width : neurons;
+  const int64_t half = width > neurons ? width : neurons, inputs = half > hidden ? half : hidden;
+  const int64_t linear = (rows < kLinear8bitRows ? rows : kLinear8bitRows) * (1 + (inputs + 3) / 4);
+  const int64_t looking = threads * attention_scratch(length, dim);
+  return rows * (first + 2 * hidden) + (linear > looking ? linear : looking);
+}
 
 // y = x W^T + bias for 1 to 4 rows, W read as bitmask + values and expanded on the way: see csrc/cpu/sparse_linear.cpp.
 struct SparseLinearArgs {
@@ -188,17 +253,20 @@ struct BitmaskArgs {
 };
 
 // X(op, arguments)
-#define PYKD_OPS(X)                      \
-  X(kl_div, KlDivArgs)                   \
-  X(kl_div_topk, KlDivTopkArgs)          \
-  X(linear_4bit, Linear4bitArgs)         \
-  X(linear_4bit_rounded, Linear4bitArgs) \
-  X(linear_8bit, Linear8bitArgs)         \
-  X(sparse_linear, SparseLinearArgs)     \
-  X(sparse_panels, SparsePanelsArgs)     \
-  X(sparse_8bit, Sparse8bitArgs)         \
-  X(sparse_4bit, Sparse4bitArgs)         \
-  X(bitmask_expand, BitmaskArgs)         \
+#define PYKD_OPS(X)                           \
+  X(kl_div, KlDivArgs)                        \
+  X(kl_div_topk, KlDivTopkArgs)               \
+  X(linear_4bit, Linear4bitArgs)              \
+  X(linear_4bit_rounded, Linear4bitArgs)      \
+  X(linear_8bit, Linear8bitArgs)              \
+  X(attention, AttentionArgs)                 \
+  X(add_norm, AddNormArgs)                    \
+  X(encoder_layer_8bit, EncoderLayer8bitArgs) \
+  X(sparse_linear, SparseLinearArgs)          \
+  X(sparse_panels, SparsePanelsArgs)          \
+  X(sparse_8bit, Sparse8bitArgs)              \
+  X(sparse_4bit, Sparse4bitArgs)              \
+  X(bitmask_expand, BitmaskArgs)              \
   X(bitmask_gather, BitmaskArgs)
 
 #define PYKD_DECLARE(op, Args) void op(const Args& args);

@@ -1,5 +1,7 @@
 """Native CPU kernels: addresses and sizes in, nothing checked. Use pykd.ops."""
 
+from collections.abc import Sequence
+
 version: str
 
 def isa() -> str: ...
@@ -181,4 +183,54 @@ def linear_8bit(
     threads: int,
     input_scale: float,
     input_zero: int,
+) -> None: ...
+def attention_scratch(length: int, dim: int) -> int: ...
+def attention(
+    q: int,
+    k: int,
+    v: int,
+    q_stride: int,
+    k_stride: int,
+    v_stride: int,
+    bias: int,
+    y: int,
+    scratch: int,
+    batch: int,
+    length: int,
+    heads: int,
+    dim: int,
+    scale: float,
+    threads: int,
+) -> None: ...
+def add_norm(
+    x: int,
+    residual: int,
+    weight: int,
+    bias: int,
+    y: int,
+    rows: int,
+    size: int,
+    eps: float,
+    threads: int,
+) -> None: ...
+def encoder_layer_8bit_scratch(
+    batch: int, length: int, hidden: int, heads: int, dim: int, neurons: int, threads: int
+) -> int: ...
+def encoder_layer_8bit(
+    x: int,
+    bias: int,
+    y: int,
+    scratch: int,
+    linears: Sequence[Sequence[int]],
+    input_scales: Sequence[float],
+    norms: Sequence[int],
+    eps: Sequence[float],
+    batch: int,
+    length: int,
+    hidden: int,
+    heads: int,
+    dim: int,
+    neurons: int,
+    scale: float,
+    threads: int,
 ) -> None: ...

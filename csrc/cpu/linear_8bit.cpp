@@ -106,7 +106,8 @@ void rounded_rows(const Linear8bitArgs& a, const Shape& s, int64_t first, int64_
   const T* x = static_cast<const T*>(a.x) + first * a.x_stride;
   float* row_scales = a.scratch;
   uint8_t* codes = reinterpret_cast<uint8_t*>(a.scratch + rows);
-  parallel_for(panels.count, grain(kCodeRows * s.padded_k), a.threads, [&](int64_t begin, int64_t end, int) {
+  const int64_t fresh = a.rounded ? 0 : panels.count;
+  parallel_for(fresh, grain(kCodeRows * s.padded_k), a.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p)
       for (int64_t m = panels.row(p); m < panels.row(p + 1); ++m)
         row_scales[m] = round_row(x + m * a.x_stride, a.in_features, s.padded_k, 4 * panels.size(p),

@@ -95,5 +95,6 @@ void kl_div_topk(const std::string& level);
 void linear_4bit(const std::string& level);
 void linear_8bit(const std::string& level);
 void sparse(const std::string& level);
+void encoder(const std::string& level);
 
 }  // namespace check

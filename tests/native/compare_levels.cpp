@@ -31,6 +31,7 @@ int main(int count, char** names) {
       check::linear_4bit(level);
       check::linear_8bit(level);
       check::sparse(level);
+      check::encoder(level);
     }
   }
   printf("%d passed, %d failed\n", check::passed(), check::failed());

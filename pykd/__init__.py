@@ -29,6 +29,7 @@ _LAZY: dict[str, str] = {
     "export": "pykd.evaluation.exported",
     "finetune": "pykd.training.finetune",
     "from_pretrained": "pykd.io.load",
+    "fuse": "pykd.models.fused",
     "kd_loss": "pykd.ops.kd_loss",
     "kd_loss_topk": "pykd.ops.kd_loss_topk",
     "kl_div_loss": "pykd.ops.kd_loss",

@@ -36,7 +36,7 @@ class CompressedConv2d(CompressedModule):
     groups: int
     padding_mode: str
     _matrix: Callable[[], Tensor]
-    _multiply: Callable[[Tensor, Tensor | None], Tensor]
+    _multiply: Callable[..., Tensor]
     _spec: Callable[[], dict[str, Any]]
 
     def _describe(self, fields: dict[str, Any]) -> None:

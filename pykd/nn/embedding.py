@@ -31,7 +31,7 @@ class CompressedEmbedding(CompressedModule):
     columns: int
     multiplies: bool
     _matrix: Callable[[], Tensor]
-    _multiply: Callable[[Tensor, Tensor | None], Tensor]
+    _multiply: Callable[..., Tensor]
     _spec: Callable[[], dict[str, Any]]
     _has_layout: Callable[[], bool]
     _register: Callable[..., None]

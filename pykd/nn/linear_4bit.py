@@ -139,20 +139,21 @@ class Weight4bit(CompressedModule):
         """The dequantized weight matrix [rows, columns] in the layer's dtype."""
         return dequantize(*self._tensors(), **self._sizes()).to(self.dtype)
 
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias from whatever layout is resident."""
+    def _multiply(self, x: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+        """x W^T + bias, and the activation (by default the layer's own), from whatever layout is resident."""
+        activation = activation or self.activation
         options: dict[str, Any] = {
             "bias": bias,
             "code": self.code,
             "group_size": self.group_size,
             "inputs": self.inputs,
-            "activation": self.activation,
+            "activation": activation,
         }
         kept = self._buffers.get("kept")
         if kept is not None and x.numel() == self.columns and x.dtype in DTYPE_CODES and skips_dispatcher(x, bias):
             return sparse_4bit(
                 x, self.bits, kept, self.starts, self.scales, code=self.code, group_size=self.group_size, bias=bias,
-                activation=self.activation,
+                activation=activation,
             )  # fmt: skip
         packed = self._buffers.get("packed")
         if packed is not None:
@@ -347,8 +348,9 @@ class Linear4bit(Weight4bit):
         """The ordinary linear layer with the dequantized weight, without an activation; shares the bias."""
         return dense_linear(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x, self._parameters["bias"])  # nn.Module's attributes cost microseconds
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """The layer's result, and ``activation`` applied to it in the same call where the layer has none of its own."""
+        return self._multiply(x, self._parameters["bias"], activation)  # nn.Module's attributes cost microseconds
 
     def extra_repr(self) -> str:
         kept = "" if self.nnz is None else f", kept={self.nnz / (self.rows * self.columns):.3f}"

@@ -17,6 +17,7 @@ from pykd.nn.compressed import CompressedModule, dense_linear, empty_bias
 from pykd.ops.activation import activate, check_activation
 from pykd.ops.bitmask import pack_bits, unpack_bits
 from pykd.ops.dispatch import DTYPE_CODES, native
+from pykd.ops.encoder_layer_8bit import Packed
 from pykd.ops.int4_r16 import groups_of
 from pykd.ops.int8_r16 import pack_r16, unpack_r16
 from pykd.ops.linear_8bit import MOST_FEATURES, SCHEMES_8BIT, check_static, linear_8bit
@@ -113,17 +114,18 @@ class Weight8bit(CompressedModule):
     def _matrix(self) -> Tensor:
         return dequantize_8bit(self._tensors(), group_size=self.group_size).to(self.dtype)
 
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias from whatever layout is resident."""
+    def _multiply(self, x: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+        """x W^T + bias, and the activation (by default the layer's own), from whatever layout is resident."""
+        activation = activation or self.activation
         if self.group_size is not None:
             wide = torch.promote_types(x.dtype, torch.float32)
             weight = dequantize_8bit(self._tensors(), group_size=self.group_size).to(wide)
             y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
-            return activate(y, self.activation).to(x.dtype)
+            return activate(y, activation).to(x.dtype)
         packed, panels = self._buffers.get("packed"), self._buffers.get("panels")
         if panels is not None and x.dtype in DTYPE_CODES and x.shape[:-1].numel() >= self._panels_from:
-            return sparse_8bit(x, panels, self.scales, bias=bias, activation=self.activation)
-        options: dict[str, Any] = {"bias": bias, "scheme": self.scheme, "activation": self.activation}
+            return sparse_8bit(x, panels, self.scales, bias=bias, activation=activation)
+        options: dict[str, Any] = {"bias": bias, "scheme": self.scheme, "activation": activation}
         if self.static is not None:
             options |= {"scheme": "w8a8", "input_scale": self.static.scale, "input_zero": self.static.zero}
         if packed is not None:
@@ -270,8 +272,24 @@ class Linear8bit(Weight8bit):
         """The ordinary linear layer with the dequantized weight, without an activation; shares the bias."""
         return dense_linear(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x, self._parameters["bias"])  # nn.Module's attributes cost microseconds
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """The layer's result, and ``activation`` applied to it in the same call where the layer has none of its own."""
+        return self._multiply(x, self._parameters["bias"], activation)  # nn.Module's attributes cost microseconds
+
+    def as_packed(self, activation: str | None = None) -> Packed | None:
+        """What an op of several layers takes of this one, with ``activation`` behind it; None where it cannot.
+
+        It takes w8a8 layers that compute from the layout `int8_r16` at any number of rows, without an activation of
+        their own.
+        """
+        weight, bias = self._buffers.get("packed"), self._parameters["bias"]
+        plain = self.activation is None and self.scheme != "w8a16" and self._panels_from == math.inf
+        if weight is None or not plain:
+            return None
+        if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
+            return None
+        scale, zero = (0.0, 0) if self.static is None else self.static
+        return Packed(weight, bias, self.columns, self.rows, activation, scale, zero)
 
     def extra_repr(self) -> str:
         kept = "" if self.nnz is None else f", kept={self.nnz / (self.rows * self.columns):.3f}"

@@ -14,6 +14,7 @@ from torch import nn
 from pykd.errors import ArtifactError
 from pykd.evaluation.counting import count_parameters, saved_bytes
 from pykd.models.adapter import num_classes, origin
+from pykd.models.fused import fuse
 from pykd.pipeline.saved import load_saved, provenance_of, tokenizer_of
 from pykd.serve.batching import Batcher
 from pykd.serve.images import ImageClassifier, preprocess_of
@@ -74,7 +75,7 @@ def load_served(name: str, folder: Path, settings: Settings, metrics: Metrics, c
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder: name one that pykd saved, or a local Hugging Face folder")
     check_folder(folder)
-    model = load_saved(folder).eval()
+    model = fuse(load_saved(folder).eval())
     predictor = predictor_of(model, folder, settings)
     parameters, _ = count_parameters(model)
     source = origin(model)

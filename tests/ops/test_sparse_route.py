@@ -39,7 +39,7 @@ def forget_in_memory() -> None:
 
 def test_thresholds(isa: str) -> None:
     assert {routes.by_thresholds(d, r) for d in (0.95, 1.0) for r in (1, 4, 16, 128)} == {"dense"}
-    assert {routes.by_thresholds(d, r) for d in (0.05, 0.2) for r in (1, 4, 16, 128)} == {"panels"}
+    assert {routes.by_thresholds(d, r) for d in (0.05, 0.12) for r in (1, 4, 16, 128)} == {"panels"}
     assert routes.by_thresholds(0.5, 1) == "expand"
     for rows in (1, 2, 4, 5, 32, 33, 10_000):
         assert routes.by_thresholds(0.5, rows) in routes.candidates(rows)

@@ -41,7 +41,7 @@ def attention(
     scale = (width // heads) ** -0.5 if scale is None else scale
     if _runs_natively(q, k, v, bias):
         return _native(q, k, v, heads, scale, bias)
-    query, key, value = (part.reshape(batch, length, heads, -1).transpose(1, 2) for part in (q, k, v))
+    query, key, value = (part.reshape(batch, length, heads, width // heads).transpose(1, 2) for part in (q, k, v))
     mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return mixed.transpose(1, 2).reshape(batch, length, width)

@@ -60,6 +60,7 @@ GOALS: list[tuple[str, list[str], int, float, float]] = [
     ("pykd bf16", ["torch dense bf16"], 1, 0.5, 1.4),
     *(("pykd sparse w8a8", ["pykd dense w8a8"], rows, 0.5, 1 / 1.03) for rows in (128, 512)),
     *(("pykd sparse w8a8", ["pykd dense w8a8"], rows, sparsity, 1.3) for rows in (128, 512) for sparsity in (0.8, 0.9)),
+    # Bytes allow 1.26; spreading the codes takes longer than dense at every level, so that the layer is dense for now.
     ("pykd sparse w4a16", ["pykd dense w4a16"], 1, 0.5, 1.15),
 ]
 

@@ -78,6 +78,7 @@ FORMS: dict[str, Callable[[Any], None]] = {
     "w8a8": w8a8,
     "heads and neurons -50 %, w8a8": structured(0.5),
     "heads and neurons -75 %, w8a8": structured(0.75),
+    "heads and neurons -90 %, w8a8": structured(0.9),
     "2 layers, heads and neurons -75 %, w8a8": structured(0.75, layers=2 / 3),
     "2 layers, heads and neurons -90 %, w8a8": structured(0.9, layers=2 / 3),
     "weights -80 %, w8a8": sparse(0.8),

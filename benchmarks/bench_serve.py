@@ -84,7 +84,7 @@ FORMS: dict[str, Callable[[Any], None]] = {
     "weights -80 %, w8a8": sparse(0.8),
 }
 
-DEFAULT = ["w8a8", "heads and neurons -75 %, w8a8", "2 layers, heads and neurons -90 %, w8a8"]
+DEFAULT = ["w8a8", *(f"heads and neurons -{share} %, w8a8" for share in (50, 75, 90))]
 
 
 def build(form: str, folder: Path) -> Path:

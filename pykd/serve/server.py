@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import socket
 from collections.abc import Iterator
@@ -65,6 +66,8 @@ def serve(settings: Settings) -> None:
     with bound(settings.host, settings.port) as door:
         app = create_app(settings)
         state: State = app.state.pykd
+        gc.collect()
+        gc.freeze()  # models and libraries stay: a full collection would stop all answers while it looks at them
         models = ", ".join(state.models) or "no model"
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         logger.info("serving %s at http://%s:%d", models, host, door.getsockname()[1])

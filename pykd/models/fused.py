@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from pykd.models.encoder_layers import ACTIVATIONS, FAMILIES, Parts
 from pykd.nn.linear_4bit import Linear4bit
 from pykd.nn.linear_8bit import Linear8bit
 from pykd.ops.add_norm import add_norm
@@ -17,61 +17,8 @@ from pykd.ops.encoder_layer_8bit import Norm, Packed, encoder_layer_8bit
 
 Model = TypeVar("Model", bound=nn.Module)
 
-
-class Parts(NamedTuple):
-    """What a post-norm encoder layer (Vaswani et al. 2017, as in BERT) consists of, whatever its family calls it."""
-
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    heads: int
-    scale: float
-    mix: nn.Module
-    first_norm: nn.LayerNorm
-    up: nn.Module
-    activation: nn.Module
-    down: nn.Module
-    second_norm: nn.LayerNorm
-    #: Modules between those, which are not called: who hooks one of them wants them to be.
-    between: tuple[nn.Module, ...]
-
-
-def _bert(layer: Any) -> Parts:
-    attention, look = layer.attention, layer.attention.self
-    output, up, down = attention.output, layer.intermediate, layer.output
-    return Parts(
-        look.query, look.key, look.value, look.num_attention_heads, look.attention_head_size**-0.5,
-        output.dense, output.LayerNorm, up.dense, up.intermediate_act_fn, down.dense, down.LayerNorm,
-        (attention, look, output, up, down),
-    )  # fmt: skip
-
-
-def _distilbert(layer: Any) -> Parts:
-    look, feed = layer.attention, layer.ffn
-    heads = look.n_heads
-    return Parts(
-        look.q_lin, look.k_lin, look.v_lin, heads, look.attention_head_size**-0.5, look.out_lin, layer.sa_layer_norm,
-        feed.lin1, feed.activation, feed.lin2, layer.output_layer_norm, (look, feed),
-    )  # fmt: skip
-
-
-#: Class of a transformers layer -> its parts.
-FAMILIES: dict[str, Callable[[Any], Parts]] = {
-    **dict.fromkeys(("BertLayer", "RobertaLayer", "CamembertLayer", "XLMRobertaLayer", "ElectraLayer"), _bert),
-    "TransformerBlock": _distilbert,
-}
-
-#: Models whose `encoder.layer` are those, with `embeddings` and a `pooler`.
+#: Models whose `encoder.layer` are of those families, with `embeddings` and a `pooler`.
 MODELS = ("BertModel", "RobertaModel", "CamembertModel", "XLMRobertaModel")
-
-#: Class of an activation -> the name that packed linear layers know it by.
-ACTIVATIONS = {
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "SiLUActivation": "silu",
-    "ReLU": "relu",
-    "SiLU": "silu",
-}
 
 
 class FusedForward:
@@ -114,13 +61,15 @@ class FusedModel:
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *rest: Any,
         **options: Any,
     ) -> Any:
         model: Any = self.model
-        asked = any(value is not None for name, value in options.items() if (name, value) != ("return_dict", True))
+        wanted = (value for name, value in options.items() if (name, value) != ("return_dict", True))
+        asked = any(value is not None for value in (*rest, *wanted))
         if asked or input_ids is None or not self._is_plain(input_ids, attention_mask):
-            given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
-            return type(model).forward(model, input_ids, **given, **options)
+            given = input_ids, attention_mask, token_type_ids, position_ids, *rest
+            return type(model).forward(model, *given, **options)
         states = model.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
         mask = None if attention_mask is None else self.masks.of_keys(attention_mask)
         for layer in model.encoder.layer:
@@ -216,9 +165,10 @@ def fuse(model: Model) -> Model:
     """Let the encoder layers of a model answer in fewer passes over memory; for CPUs.
 
     Attention, the sums with their layer normalisations, and the activation behind a packed linear layer become one
-    native op each, which for short texts take less than half the time of the calls they replace. Results are those
-    of the layers within float32's rounding. Nothing else changes: parameters, names, saving; and in training, with
-    gradients, on other devices, in other element types or for `output_attentions` the layers run as before.
+    native op each; w8a8 layers are one call altogether (docs/kernels.md says what that is worth). Results are those of
+    the layers within float32's rounding (what a w8a8 layer rounds between two whole numbers may take the other one).
+    Nothing else changes: parameters, names, saving; and in training, with gradients, on other devices, in other
+    element types or for `output_attentions` the layers run as before.
 
     Knows the layers of BERT, RoBERTa, CamemBERT, XLM-RoBERTa, ELECTRA and DistilBERT, dense, pruned or quantized, and
     leaves all others alone. Returns the model, edited in place. `pykd serve` does this to every model it loads.

@@ -7,9 +7,9 @@ interleaved rounds of one process. PYKD_BENCH=small runs the smallest shape once
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -96,12 +96,17 @@ def measure(shape: tuple[int, int, int], name: str) -> int:
     warm.step(name)()
     del warm
     case = Case(*shape)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    now = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    ctypes.CDLL(None).malloc_trim(0)  # what the preparation has freed would be used again, uncounted
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is from now on
+    before = resident_bytes("VmRSS")
     case.step(name)()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert after > before, "the step did not reach the largest resident set of its preparation"
-    return after * 1024 - now - case.hidden.nbytes - case.weight.nbytes
+    return resident_bytes("VmHWM") - before - case.hidden.nbytes - case.weight.nbytes
+
+
+def resident_bytes(kind: str) -> int:
+    """What Linux says of this process: "VmRSS" now, "VmHWM" the largest so far."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
